@@ -1,0 +1,198 @@
+"""The nouns that every other module speaks of. Depends on nothing but the standard library.
+
+A *File* is bytes a person gave us or we made for them. A *Batch* is the resource that runs: one
+input file, one queue entry, one outcome. A *Request* is one line of the input file, known to the
+code by its `number` (0-based, in input order) and to its owner by its `custom_id`. A *Result* is
+the response or the error of one request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+
+def utc_now() -> datetime:
+    """The default clock: aware UTC. Everything that needs the time takes a clock to be injected."""
+    return datetime.now(UTC)
+
+
+class Dialect(StrEnum):
+    """The HTTP dialect a batch was created in, and is answered in by default."""
+
+    NATIVE = "native"
+    OPENAI = "openai"
+
+
+class Endpoint(StrEnum):
+    """What a line's `url` may name."""
+
+    CHAT_COMPLETIONS = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    EMBEDDINGS = "/v1/embeddings"
+    RESPONSES = "/v1/responses"
+    SCORE = "/v1/score"
+    RERANK = "/v1/rerank"
+
+
+class BatchStatus(StrEnum):
+    """The states of a batch; `docs/state_machine.md` draws them.
+
+    Two of them exist only here: `QUEUED` (checked, waiting for a worker) and `RUNNING`. The native
+    dialect shows them as `pending` and `running`, the OpenAI dialect shows both as `in_progress`.
+    """
+
+    VALIDATING = "validating"
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+#: The one transition table. A change of state that does not stand here is refused by the store.
+#: `RUNNING -> RUNNING` is a rescue: another worker claims the batch under a higher epoch.
+TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
+    BatchStatus.VALIDATING: frozenset(
+        {BatchStatus.QUEUED, BatchStatus.FAILED, BatchStatus.CANCELLING}
+    ),
+    BatchStatus.QUEUED: frozenset(
+        {BatchStatus.RUNNING, BatchStatus.FAILED, BatchStatus.CANCELLING, BatchStatus.EXPIRED}
+    ),
+    BatchStatus.RUNNING: frozenset(
+        {
+            BatchStatus.RUNNING,
+            BatchStatus.FINALIZING,
+            BatchStatus.FAILED,
+            BatchStatus.CANCELLING,
+            BatchStatus.EXPIRED,
+        }
+    ),
+    BatchStatus.FINALIZING: frozenset(
+        {BatchStatus.COMPLETED, BatchStatus.FAILED, BatchStatus.CANCELLING}
+    ),
+    BatchStatus.CANCELLING: frozenset({BatchStatus.CANCELLED}),
+    BatchStatus.COMPLETED: frozenset(),
+    BatchStatus.FAILED: frozenset(),
+    BatchStatus.EXPIRED: frozenset(),
+    BatchStatus.CANCELLED: frozenset(),
+}
+
+TERMINAL = frozenset(status for status, nexts in TRANSITIONS.items() if not nexts)
+
+
+class FilePurpose(StrEnum):
+    BATCH = "batch"
+    BATCH_OUTPUT = "batch_output"
+
+
+@dataclass(frozen=True, slots=True)
+class LineError:
+    """Why one line of an input file cannot run.
+
+    `line` counts from 1 as an editor does; None when the error concerns the whole file. `param`
+    names the offending field (`body.temperature`), or None.
+    """
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Tokens of one result, or summed over many."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a batch is, counting only results that are safely on disk."""
+
+    completed: int = 0
+    failed: int = 0
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+
+    @property
+    def done(self) -> int:
+        return self.completed + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A File: what the store knows of it. The bytes lie where `files.DataDir` says."""
+
+    id: str
+    purpose: FilePurpose
+    filename: str
+    size_bytes: int
+    created_at: datetime
+    expires_at: datetime | None = None
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A Batch as the store knows it. Times are aware UTC, durations seconds.
+
+    `epoch` counts the claims of this batch; a worker that writes under an older epoch than the
+    stored one changes nothing (fencing). `lease_expires_at` is None when nobody holds it.
+    """
+
+    id: str
+    dialect: Dialect
+    status: BatchStatus
+    endpoint: str
+    model: str
+    input_file_id: str
+    created_at: datetime
+    total: int = 0
+    progress: Progress = field(default_factory=Progress)
+    completion_window: str = "24h"
+    expires_at: datetime | None = None
+    metadata: Mapping[str, str] | None = None
+    errors: tuple[LineError, ...] = ()
+    error_message: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    finalizing_at: datetime | None = None
+    completed_at: datetime | None = None
+    failed_at: datetime | None = None
+    expired_at: datetime | None = None
+    cancelling_at: datetime | None = None
+    cancelled_at: datetime | None = None
+    throughput_tokens_per_s: float | None = None
+    epoch: int = 0
+    lease_owner: str | None = None
+    lease_expires_at: datetime | None = None
+    owner: str | None = None
+    provenance: Mapping[str, Any] | None = None
+
+    @property
+    def is_terminal(self) -> bool:
+        return self.status in TERMINAL

@@ -1,0 +1,132 @@
+"""The interface of an engine: what turns requests into outcomes.
+
+An engine lives in a process of its own (`engine.host` starts it, `engine.child` runs in it), so
+that unloading always frees its memory and a hang can be killed. Everything that crosses the process
+boundary is a `msgspec.Struct` of this module: typed on arrival, and no code travels with the data.
+
+The caller drives: `submit` never blocks, `collect` does the work. One thread only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine needs to know to load a model. Made from a registry entry.
+
+    `source` is a folder or a hub id; `engine_args` go to the engine by the engine's own names.
+    """
+
+    name: str
+    engine: str
+    source: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    engine_args: Mapping[str, Any] = {}
+
+
+class EngineRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request on its way to the engine.
+
+    `number` is its number in the batch and unique among those in flight; `endpoint` the line's
+    `url`; `body` the JSON object of the line's `body`, as bytes.
+    """
+
+    number: int
+    endpoint: str
+    body: bytes
+
+
+class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What became of one request.
+
+    `body` is the JSON body that `vllm serve` would have answered: the response for `status_code`
+    200, else `{"error": {"message", "type", "param", "code"}}`. Token counts are those of the
+    body's `usage`, repeated here so that nobody has to parse it again.
+    """
+
+    number: int
+    status_code: int
+    body: bytes
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a loaded engine says of itself. Limits by vLLM's names; `load_s` in seconds."""
+
+    engine: str
+    engine_version: str
+    model: str
+    device: str
+    load_s: float
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
+    enable_prefix_caching: bool | None = None
+    enable_chunked_prefill: bool | None = None
+    endpoints: tuple[str, ...] = ()
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A reading of a running engine. Counters (`*_total`) only grow while the engine lives."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    preemptions_total: int = 0
+    kv_cache_usage: float = 0.0
+
+
+class Engine(ABC):
+    """An engine with one model. Not thread-safe; lives from `load` to `close`."""
+
+    @abstractmethod
+    def load(self) -> EngineInfo:
+        """Load the model; blocks, possibly for minutes.
+
+        Raises:
+            EngineLoadError: the model cannot be loaded (missing, incompatible, out of memory).
+        """
+
+    @abstractmethod
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        """Take these requests into the engine's queue. Never blocks.
+
+        A request that the engine refuses yields an `Outcome` with status 4xx; it never raises here.
+        """
+
+    @abstractmethod
+    def cancel(self, numbers: Collection[int]) -> None:
+        """Forget these requests: no outcome will come of them. Unknown numbers are ignored."""
+
+    @abstractmethod
+    def collect(self, timeout_s: float) -> list[Outcome]:
+        """Work until at least one request has finished, or `timeout_s` has passed.
+
+        Returns what has finished since the last call, in order of finishing; may be empty. With
+        nothing in flight it returns an empty list at once.
+
+        Raises:
+            EngineDied: the engine cannot go on. Requests in flight have no outcome.
+        """
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """The latest reading. Cheap."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Idempotent; never raises."""

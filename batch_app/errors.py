@@ -1,0 +1,132 @@
+"""Every error this program raises on purpose.
+
+    BatchAppError
+    ├── ConfigError                a setting or the model registry cannot be used
+    ├── BadRequest                 what the caller sent cannot be accepted          400
+    │   ├── BadLines               … because of these lines of the input file       400
+    │   └── TooLarge               … because it exceeds a limit                      413
+    ├── NotFound                   no such batch or file                            404
+    │   └── ModelNotFound          the model is not in the registry                 404
+    ├── Conflict                   it exists, but its state forbids this            409
+    ├── StorageFull                the disk (or its quota) is full                  507
+    ├── StoreUnavailable           the database cannot be reached at the moment     503
+    ├── LeaseLost                  another worker owns the batch now
+    ├── ResultsLogError            the results log cannot be written any more
+    └── EngineError
+        ├── EngineLoadError        the model could not be loaded
+        ├── EngineDied             the engine process ended by itself
+        └── EngineHung             no progress for too long; it was killed
+
+`BadRequest` and its kin carry what the wire layer needs (`code`, `param`); the mapping to status
+codes is in `routes/errors.py`, and a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from batch_app.core import LineError
+
+
+class BatchAppError(Exception):
+    """Base of all errors raised on purpose. The message is fit for the caller's eyes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(BatchAppError):
+    """A setting, or the model registry, cannot be used."""
+
+
+class BadRequest(BatchAppError):
+    """The caller's request cannot be accepted as it is."""
+
+    def __init__(
+        self, message: str, *, code: str = "invalid_request", param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+class BadLines(BadRequest):
+    """Lines of the input file cannot run. `errors` holds the first of them, `num_errors` counts."""
+
+    def __init__(self, message: str, errors: Sequence[LineError], num_errors: int) -> None:
+        code = errors[0].code if errors else "invalid_request"
+        super().__init__(message, code=code, param="file")
+        self.errors = tuple(errors)
+        self.num_errors = num_errors
+
+
+class TooLarge(BadRequest):
+    """A limit on size is exceeded; the message names the limit and its setting."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, code="file_too_large", param=param)
+
+
+class NotFound(BatchAppError):
+    """No such thing, or it isn't the caller's."""
+
+    code = "not_found"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ModelNotFound(NotFound):
+    """The model is not in the registry."""
+
+    code = "model_not_found"
+
+
+class Conflict(BatchAppError):
+    """The thing exists, but its state forbids what was asked. Doing it again won't help."""
+
+    def __init__(self, message: str, *, code: str = "conflict") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StorageFull(BatchAppError):
+    """There is no room on the disk. Nothing of what was being written remains."""
+
+
+class StoreUnavailable(BatchAppError):
+    """The database does not answer at the moment. Retriable."""
+
+
+class LeaseLost(BatchAppError):
+    """Another worker owns the batch now: nothing this one writes may count any more."""
+
+
+class ResultsLogError(BatchAppError):
+    """The results log could not be written. What was not committed must be run again."""
+
+
+class EngineError(BatchAppError):
+    """Something the engine did, as opposed to something one request did."""
+
+
+class EngineLoadError(EngineError):
+    """The model could not be loaded. `retriable` tells whether trying again can help."""
+
+    def __init__(self, message: str, *, retriable: bool = False) -> None:
+        super().__init__(message)
+        self.retriable = retriable
+
+
+class EngineDied(EngineError):
+    """The engine process ended by itself. `exit_code` is negative for a signal, as Popen's."""
+
+    def __init__(self, message: str, *, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class EngineHung(EngineError):
+    """The engine made no progress for too long and was killed."""
