@@ -1,0 +1,34 @@
+# Every target runs from the repository root, also under `make -C dir`.
+# The environment lives in .venv; `setup` makes it and does nothing when nothing changed.
+
+PYTHON_IN_VENV := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup:  ## Make or repair .venv (an NVIDIA GPU chooses CUDA; VLLM_BATCH_ENGINE=cpu|cuda overrides)
+	@tools/setup_env.sh
+
+demo: setup  ## Run a whole batch with the demo model; the last line names the results file
+	@$(PYTHON_IN_VENV) -m batch_app.demo
+
+test: lint  ## Run the checks of `lint`, then every test
+	$(PYTHON_IN_VENV) -m pytest -q
+
+lint: setup  ## Check style, types and the direction of imports
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy
+	$(PYTHON_IN_VENV) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+format: setup  ## Rewrite the code in the agreed style
+	$(PYTHON_IN_VENV) -m ruff check --fix .
+	$(PYTHON_IN_VENV) -m ruff format .
+
+clean:  ## Remove caches and build output; keeps .venv and data
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis \
+	    .import_linter_cache
+	find . -name .venv -prune -o -name data -prune -o -type d -name __pycache__ -exec rm -rf {} +
