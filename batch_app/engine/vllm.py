@@ -1,0 +1,380 @@
+"""The real engine: vLLM in this process, answering as `vllm serve` would.
+
+Requests wait in a queue as bytes. A bounded number of them is being rendered (validated, templated,
+tokenised) by vLLM's own serving code in an event loop; rendered ones wait or run in the engine,
+which is stepped by a thread of its own; finished ones become `Outcome`s. `vllm_client` joins loop
+and engine, `vllm_serving` is vLLM's OpenAI application.
+
+vllm is imported by `load`, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from batch_app.engine.base import (
+    Engine,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    ModelSpec,
+    Outcome,
+)
+from batch_app.errors import EngineDied, EngineError, EngineLoadError
+
+if TYPE_CHECKING:
+    from batch_app.engine.vllm_client import InProcessClient, RequestRecord
+    from batch_app.engine.vllm_serving import OpenAIApp
+
+#: Requests being rendered at a time. vLLM gives each chat template 30 s including its wait for a
+#: thread, so thousands at once would time out on a slow machine; fewer starve the tokeniser's
+#: batching.
+MAX_RENDERING = 64
+
+_ENVIRONMENT = {
+    # The engine in this process: this is a process of its own already, and it loads in a third of
+    # the time. A deployment may choose otherwise.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # GiB. vLLM's own default takes half of a machine's memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+}
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    """`usage` in its two spellings: the Responses API says input and output tokens."""
+
+    prompt_tokens: int | None = None
+    input_tokens: int | None = None
+    completion_tokens: int | None = None
+    output_tokens: int | None = None
+    completion_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _Body(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_decode_usage = msgspec.json.Decoder(_Body).decode
+
+
+class VllmEngine(Engine):
+    """vLLM with one model. The thread that calls `load` is the one to call everything else."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: InProcessClient | None = None
+        self._app: OpenAIApp | None = None
+        self._queue: deque[EngineRequest] = deque()
+        self._tasks: dict[int, tuple[asyncio.Task[None], RequestRecord]] = {}
+        self._rendering: set[int] = set()
+        self._done: list[Outcome] = []
+        self._wakeup = asyncio.Event()
+
+    # -- loading ----------------------------------------------------------------------------------
+
+    def load(self) -> EngineInfo:
+        started = time.monotonic()
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        _check_source(self.spec.source)
+        try:
+            return self._load(started)
+        except EngineError:
+            self.close()
+            raise
+        except (Exception, SystemExit) as error:
+            self.close()
+            raise _load_error(self.spec, error) from error
+
+    def _load(self, started: float) -> EngineInfo:
+        from vllm import __version__ as vllm_version
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        from batch_app.engine.vllm_client import InProcessClient
+        from batch_app.engine.vllm_serving import ArgumentError, OpenAIApp, serve_args
+
+        arguments = dict(self.spec.engine_args)
+        if self.spec.revision is not None:
+            arguments.setdefault("revision", self.spec.revision)
+        if self.spec.trust_remote_code:
+            arguments["trust_remote_code"] = True
+        arguments["disable_log_stats"] = False
+        try:
+            args = serve_args(_model_path(self.spec.source), self.spec.name, arguments)
+        except (ArgumentError, TypeError) as error:
+            raise EngineLoadError(f"model {self.spec.name!r}: {error}") from error
+
+        class CpuEngineArgs(EngineArgs):  # type: ignore[misc]
+            @classmethod
+            def get_batch_defaults(cls, world_size: int) -> Any:
+                # Measured best of 128/2048 … 1024/16384 with a small model. As defaults, so that
+                # vLLM fits them to the model's length.
+                every = UsageContext.LLM_CLASS
+                return {every: 8192}, {every: 512}
+
+        kind = CpuEngineArgs if current_platform.is_cpu() else EngineArgs
+        # LLM_CLASS: the defaults of offline inference, larger than a server's.
+        engine = LLMEngine.from_engine_args(
+            kind.from_cli_args(args), usage_context=UsageContext.LLM_CLASS
+        )
+        self._loop = asyncio.new_event_loop()
+        self._client = InProcessClient(engine, self._loop)
+        self._client.on_failure = self._wakeup.set
+        self._app = self._loop.run_until_complete(OpenAIApp.create(self._client, args))
+        self._client.start()
+
+        config = engine.vllm_config
+        blocks = config.cache_config.num_gpu_blocks
+        return EngineInfo(
+            engine="vllm",
+            engine_version=str(vllm_version),
+            model=self.spec.name,
+            device=_device_name(current_platform),
+            load_s=time.monotonic() - started,
+            max_model_len=config.model_config.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            kv_cache_tokens=blocks * config.cache_config.block_size if blocks else None,
+            gpu_memory_utilization=None
+            if current_platform.is_cpu()
+            else config.cache_config.gpu_memory_utilization,
+            enable_prefix_caching=config.cache_config.enable_prefix_caching,
+            enable_chunked_prefill=config.scheduler_config.enable_chunked_prefill,
+            endpoints=self._app.endpoints,
+        )
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self._queue.extend(requests)
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        gone = frozenset(numbers)
+        self._queue = deque(request for request in self._queue if request.number not in gone)
+        self._done = [outcome for outcome in self._done if outcome.number not in gone]
+        stopped = [entry for number in gone if (entry := self._tasks.pop(number, None))]
+        self._rendering -= gone
+        if not stopped or self._client is None or self._loop is None:
+            return
+        self._client.abort_keys([key for _, record in stopped for key in record.keys])
+        for task, _ in stopped:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.wait([task for task, _ in stopped], timeout=1))
+
+    def collect(self, timeout_s: float) -> list[Outcome]:
+        if self._loop is None or self._client is None:
+            raise EngineDied("the engine isn't loaded")
+        if self._client.failure is None and (self._queue or self._tasks):
+            self._loop.run_until_complete(self._work(timeout_s))
+        if (failure := self._client.failure) is not None:
+            raise EngineDied(f"the engine failed: {type(failure).__name__}: {failure}"[:500])
+        done, self._done = self._done, []
+        return done
+
+    async def _work(self, timeout_s: float) -> None:
+        """Run handlers until one has an outcome."""
+        self._start_handlers()
+        if not self._done:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wakeup.wait(), timeout_s)
+        # What one step finished comes as one list: let handlers that are ready complete.
+        seen = -1
+        while seen != len(self._done):
+            seen = len(self._done)
+            await asyncio.sleep(0)
+        self._wakeup.clear()
+
+    def _start_handlers(self) -> None:
+        from batch_app.engine.vllm_client import RequestRecord
+
+        assert self._loop is not None
+        while self._queue and len(self._rendering) < MAX_RENDERING:
+            request = self._queue.popleft()
+            record = RequestRecord(request.number, self._on_engine)
+            self._rendering.add(request.number)
+            task = self._loop.create_task(self._handle(request, record))
+            self._tasks[request.number] = (task, record)
+
+    def _on_engine(self, record: RequestRecord) -> None:
+        """This request's rendering is over; another's may begin."""
+        if record.number in self._rendering:
+            self._rendering.discard(record.number)
+            self._start_handlers()
+
+    async def _handle(self, request: EngineRequest, record: RequestRecord) -> None:
+        from batch_app.engine.vllm_client import current_record
+
+        current_record.set(record)
+        status, body = await self._answer(request)
+        if self._client is not None and self._client.failure is not None:
+            return  # An answer made of the engine's death isn't the request's.
+        entry = self._tasks.get(request.number)
+        if entry is None or entry[1] is not record:
+            return  # Cancelled, and perhaps submitted anew.
+        del self._tasks[request.number]
+        self._on_engine(record)
+        self._done.append(_outcome(request.number, status, body, record))
+        self._wakeup.set()
+
+    async def _answer(self, request: EngineRequest) -> tuple[int, bytes]:
+        from batch_app.engine.vllm_serving import error_body
+
+        assert self._app is not None
+        if not self._app.supports(request.endpoint):
+            served = ", ".join(self._app.endpoints)
+            message = (
+                f"The model `{self.spec.name}` does not support {request.endpoint}; "
+                f"it supports: {served}"
+            )
+            return 404, error_body(message, kind="NotFoundError", param="url", code=404)
+        try:
+            fields = msgspec.json.decode(request.body)
+        except msgspec.DecodeError:
+            return await self._app.refusal(request.endpoint, request.body)
+        if not isinstance(fields, dict):
+            return await self._app.refusal(request.endpoint, request.body)
+        fields["model"] = self.spec.name
+        parsed = self._app.parse(request.endpoint, fields)
+        if parsed is None:
+            return await self._app.refusal(request.endpoint, msgspec.json.encode(fields))
+        for name in ("stream", "background"):
+            if getattr(parsed, name, False):
+                message = f"`{name}` cannot be true in a batch"
+                return 400, error_body(message, param=name)
+        return await self._app.answer(request.endpoint, parsed)
+
+    def stats(self) -> EngineStats:
+        if self._client is None:
+            return EngineStats()
+        return self._client.readings.snapshot(
+            not_in_engine=len(self._queue) + len(self._rendering),
+            idle=not self._queue and not self._tasks,
+        )
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        loop, self._loop = self._loop, None
+        self._app = None
+        self._queue.clear()
+        self._done.clear()
+        tasks, self._tasks = [task for task, _ in self._tasks.values()], {}
+        if client is not None:
+            with contextlib.suppress(Exception):
+                client.shutdown(timeout=30)
+            with contextlib.suppress(Exception):
+                client.engine.renderer.shutdown()
+            with contextlib.suppress(Exception):
+                client.engine.engine_core.shutdown()
+        if loop is not None:
+            with contextlib.suppress(Exception):
+                for task in tasks:
+                    task.cancel()
+                if tasks:
+                    loop.run_until_complete(asyncio.wait(tasks, timeout=5))
+                loop.run_until_complete(loop.shutdown_asyncgens())
+            with contextlib.suppress(Exception):
+                loop.close()
+        del client
+        gc.collect()
+
+
+def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:
+    if status != 200:
+        return Outcome(number, status, body)
+    try:
+        usage = _decode_usage(body).usage or _Usage()
+    except msgspec.MsgspecError:
+        usage = _Usage()
+    details = usage.completion_tokens_details or usage.output_tokens_details or _Details()
+    return Outcome(
+        number,
+        status,
+        body,
+        prompt_tokens=usage.prompt_tokens or usage.input_tokens or 0,
+        completion_tokens=usage.completion_tokens or usage.output_tokens or 0,
+        cached_tokens=record.cached_tokens,
+        reasoning_tokens=details.reasoning_tokens or 0,
+    )
+
+
+def _model_path(source: str) -> str:
+    """`source` with its `~` expanded; hub ids pass unchanged."""
+    return str(Path(source).expanduser())
+
+
+def _check_source(source: str) -> None:
+    """Refuse at once what is plainly a path to nothing; vLLM would ask the hub about it."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "params.json").is_file():
+            raise EngineLoadError(f"{source!r} holds no model: it has no config.json")
+    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
+        raise EngineLoadError(f"there is no model at {source!r}")
+
+
+def _load_error(spec: ModelSpec, error: BaseException) -> EngineLoadError:
+    """Put into words why vLLM could not load this model."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    said = " ".join(str(link) for link in chain).lower()
+    names = {type(link).__name__ for link in chain}
+    prefix = f"model {spec.name!r} could not be loaded"
+    first = f"{type(error).__name__}: {error}"[:1000]
+    if (
+        "OutOfMemoryError" in names
+        or isinstance(error, MemoryError)
+        or "out of memory" in said
+        or "free memory on device" in said
+    ):
+        return EngineLoadError(f"{prefix}: out of memory ({first})", retriable=True)
+    if not Path(spec.source).expanduser().is_dir() and (
+        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"}
+        or "couldn't connect" in said
+        or "not a local folder" in said
+        or "offline mode" in said
+    ):
+        return EngineLoadError(
+            f"{prefix}: there is no folder {spec.source!r}, and no such model in the hub's cache "
+            f"or on the hub ({first})"
+        )
+    return EngineLoadError(f"{prefix}: {first}")
+
+
+def _device_name(current_platform: Any) -> str:
+    """The processor's or the GPU's own name."""
+    if current_platform.is_cpu():
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or "CPU"
+    return str(current_platform.get_device_name())
