@@ -11,6 +11,7 @@
     ├── StorageFull                the disk (or its quota) is full                  507
     ├── StoreUnavailable           the database cannot be reached at the moment     503
     ├── LeaseLost                  another worker owns the batch now
+    ├── IndexUnreadable            the index of an input file is missing, torn or outdated
     ├── ResultsLogError            the results log cannot be written any more
     └── EngineError
         ├── EngineLoadError        the model could not be loaded
@@ -102,6 +103,10 @@ class StoreUnavailable(BatchAppError):
 
 class LeaseLost(BatchAppError):
     """Another worker owns the batch now: nothing this one writes may count any more."""
+
+
+class IndexUnreadable(BatchAppError):
+    """The index of an input file can't be read; it can be made anew from that file."""
 
 
 class ResultsLogError(BatchAppError):

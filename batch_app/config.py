@@ -1,0 +1,165 @@
+"""Settings: defaults < `vllm-batch.toml` < environment `VLLM_BATCH_*` < command-line flags.
+
+`Settings()` reads the first three; a flag is passed as an argument (`Settings(port=9000)`). Each
+field's description states unit, default and special values; `docs/settings.md` is made from them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from batch_app.errors import ConfigError
+
+CONFIG_FILE_VARIABLE = "VLLM_BATCH_CONFIG"
+DEFAULT_CONFIG_FILE = "vllm-batch.toml"
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+
+def _expand(path: Path) -> Path:
+    return path.expanduser()
+
+
+ExpandedPath = Annotated[Path, AfterValidator(_expand)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator may set. Unknown keys are refused, so a typo can't pass unseen."""
+
+    model_config = SettingsConfigDict(env_prefix="VLLM_BATCH_", extra="forbid", frozen=True)
+
+    # Where things lie
+    data_dir: ExpandedPath = Field(
+        Path("./data"), description="Folder of uploads, results, logs and the SQLite database."
+    )
+    database_url: str = Field(
+        "",
+        description="SQLAlchemy URL of the database. Empty: SQLite at "
+        "`<data_dir>/database/batch_jobs.db`.",
+    )
+    models: ExpandedPath = Field(
+        Path("./models.toml"), description="The model registry (TOML). See docs/models.md."
+    )
+    benchmarks_dir: ExpandedPath = Field(
+        Path("./benchmarks/metadata"),
+        description="Folder of benchmark records: read for estimates, one added a finished batch.",
+    )
+
+    # API server
+    host: str = Field("127.0.0.1", description="Address the API server listens on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port of the API server; 0 picks one.")
+    max_upload_bytes: int = Field(
+        20 * GIB, gt=0, description="Largest accepted upload, in bytes. Default 20 GiB."
+    )
+    max_line_bytes: int = Field(
+        8 * MIB, gt=0, description="Longest accepted line of an input file, in bytes."
+    )
+    max_requests_per_batch: int = Field(
+        0, ge=0, description="Most requests in one batch; 0 means no limit."
+    )
+    max_line_errors: int = Field(
+        100, gt=0, description="How many line errors a refused file reports; the rest are counted."
+    )
+
+    # Worker
+    poll_interval_s: float = Field(
+        10.0,
+        gt=0,
+        description="Seconds between looks at an empty queue. A new batch wakes the worker at "
+        "once where both share the data folder; this is the fallback.",
+    )
+    lease_s: float = Field(
+        30.0, gt=1, description="Seconds after which a silent worker's batch may be taken over."
+    )
+    heartbeat_s: float = Field(
+        5.0, gt=0, description="Seconds between a worker's signs of life. Well below `lease_s`."
+    )
+    drain_s: float = Field(
+        30.0,
+        ge=0,
+        description="At shutdown: seconds that requests in flight get to finish; those that "
+        "don't are given back and run again by the next worker.",
+    )
+    commit_interval_s: float = Field(
+        0.25,
+        gt=0,
+        description="Seconds between commits of results to disk: what a crash may cost, and how "
+        "often progress moves.",
+    )
+    progress_log_s: float = Field(
+        5.0, gt=0, description="Seconds between progress lines in a batch's log."
+    )
+    idle_unload_s: float = Field(
+        600.0,
+        ge=0,
+        description="Seconds without work after which the model is unloaded; 0: never.",
+    )
+    window_factor: float = Field(
+        2.0,
+        ge=1,
+        description="Requests kept in flight, as a multiple of the engine's `max_num_seqs`.",
+    )
+    engine_start_timeout_s: float = Field(
+        1800.0, gt=0, description="Seconds a model may take to load before it counts as failed."
+    )
+    engine_hang_s: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds without any token progress, with requests in flight, after which "
+        "the engine is killed and started again.",
+    )
+    max_engine_restarts: int = Field(
+        5,
+        ge=0,
+        description="Restarts of the engine in one batch without a single result in between, "
+        "after which the batch fails.",
+    )
+
+    @property
+    def resolved_database_url(self) -> str:
+        if self.database_url:
+            return self.database_url
+        return f"sqlite:///{self.data_dir / 'database' / 'batch_jobs.db'}"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml_file = Path(os.environ.get(CONFIG_FILE_VARIABLE, DEFAULT_CONFIG_FILE))
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file))
+
+
+def load_settings(**flags: object) -> Settings:
+    """Settings with these flags on top; a flag that is None counts as not given.
+
+    Raises:
+        ConfigError: a value can't be used; the message names each setting and what's wrong.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors(include_url=False)
+        )
+        raise ConfigError(f"Settings cannot be used: {problems}") from error
+    except ValueError as error:  # a TOML file that does not parse
+        raise ConfigError(f"The settings file cannot be read: {error}") from error

@@ -1,0 +1,154 @@
+"""Where bytes lie under the data folder, and how they get there whole.
+
+```
+<data_dir>/batches/incoming/           uploads under way; swept when left behind
+                   input/FILE.jsonl    input files
+                   output/FILE.jsonl   published files; BATCH.jsonl: all lines of a batch, in order
+                   logs/BATCH.log      one log a batch
+                   work/BATCH/         index and results log of a batch, gone once it is published
+<data_dir>/database/batch_jobs.db      the store, when it is SQLite
+```
+
+Names are ids that the server made, never anything a user sent.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from batch_app.errors import StorageFull
+
+#: What the operating system says when there is no room: full disk, quota, file size limit.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id, `<prefix>_` and 24 hexadecimal digits (96 random bits)."""
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DataDir:
+    """The paths under one data folder."""
+
+    root: Path
+
+    @property
+    def batches(self) -> Path:
+        return self.root / "batches"
+
+    @property
+    def incoming(self) -> Path:
+        return self.batches / "incoming"
+
+    def input_file(self, file_id: str) -> Path:
+        return self.batches / "input" / f"{file_id}.jsonl"
+
+    def output_file(self, file_id: str) -> Path:
+        return self.batches / "output" / f"{file_id}.jsonl"
+
+    def results_file(self, batch_id: str) -> Path:
+        """All lines of a finished batch, successes and failures, in input order."""
+        return self.batches / "output" / f"{batch_id}.jsonl"
+
+    def log_file(self, batch_id: str) -> Path:
+        return self.batches / "logs" / f"{batch_id}.log"
+
+    def work_dir(self, batch_id: str) -> Path:
+        return self.batches / "work" / batch_id
+
+    @property
+    def wakeup_file(self) -> Path:
+        return self.root / "database" / "queue.signal"
+
+    @property
+    def engine_log_dir(self) -> Path:
+        return self.root / "logs"
+
+    def create(self) -> None:
+        """Make the folders that are not there yet."""
+        for folder in (
+            self.incoming,
+            self.batches / "input",
+            self.batches / "output",
+            self.batches / "logs",
+            self.batches / "work",
+            self.root / "database",
+            self.engine_log_dir,
+        ):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def sweep_incoming(self, older_than_s: float = 24 * 3600.0) -> int:
+        """Remove what interrupted uploads left behind. Returns how many there were."""
+        removed = 0
+        for leftover in self.incoming.iterdir():
+            try:
+                if time.time() - leftover.stat().st_mtime < older_than_s:
+                    continue
+                remove_tree(leftover)
+            except FileNotFoundError:
+                continue  # its own upload, or another server, was faster
+            removed += 1
+        return removed
+
+
+@contextmanager
+def no_room_is_storage_full(doing: str) -> Iterator[None]:
+    """Turn a full disk into StorageFull; other OS errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            raise StorageFull(f"No space left on the disk while {doing}.") from error
+        raise
+
+
+def sync_dir(folder: Path) -> None:
+    """Make names created in, or moved to, this folder survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` whole and durable when the block ends, or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with no_room_is_storage_full(f"writing {path.name}"), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        move_durably(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Rename within one file system, and make the rename survive a power loss."""
+    os.replace(source, target)
+    sync_dir(target.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a folder; nothing happens if it isn't there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def wake_workers(data: DataDir) -> None:
+    """Tell the workers that share this data folder that the queue has changed."""
+    data.wakeup_file.touch()

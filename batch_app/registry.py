@@ -1,0 +1,111 @@
+"""The model registry, `models.toml`: which models may run, from where, with which arguments.
+
+```toml
+[[model]]
+name = "google/gemma-3-4b-it"    # what a request says
+source = "google/gemma-3-4b-it"  # a hub id, or a folder relative to this file
+revision = "main"
+aliases = ["gemma"]
+engine = "vllm"                  # or "sim", the simulated engine
+[model.engine_args]              # the engine's own argument names
+max_model_len = 4096
+```
+
+What does not stand in it does not run: a request never triggers a download of its own choosing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from batch_app.errors import ConfigError, ModelNotFound
+
+
+class ModelEntry(BaseModel):
+    """One model of the registry. `source` is absolute where the registry named a local folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1)
+    revision: str | None = None
+    aliases: tuple[str, ...] = ()
+    engine: str = "vllm"
+    trust_remote_code: bool = False
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def max_model_len(self) -> int | None:
+        value = self.engine_args.get("max_model_len")
+        return value if isinstance(value, int) else None
+
+
+class _RegistryFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: list[ModelEntry] = Field(default_factory=list)
+
+
+class ModelRegistry:
+    """The entries by name and alias. Iterates in the file's order."""
+
+    def __init__(self, entries: list[ModelEntry]) -> None:
+        self.entries = tuple(entries)
+        self._by_name: dict[str, ModelEntry] = {}
+        for entry in entries:
+            for name in (entry.name, *entry.aliases):
+                if name in self._by_name:
+                    raise ConfigError(f"The model registry names {name!r} twice.")
+                self._by_name[name] = entry
+
+    @classmethod
+    def load(cls, path: Path) -> ModelRegistry:
+        """Read a registry file.
+
+        Raises:
+            ConfigError: the file is missing, isn't TOML, or has an entry that can't be used.
+        """
+        try:
+            with path.open("rb") as file:
+                parsed = _RegistryFile.model_validate(tomllib.load(file))
+        except FileNotFoundError:
+            raise ConfigError(
+                f"There is no model registry at {path}. Run from the project's folder, or name "
+                "the registry with VLLM_BATCH_MODELS."
+            ) from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"The model registry {path} is not valid TOML: {error}") from error
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ConfigError(f"The model registry {path}: {where}: {first['msg']}") from error
+        return cls([_with_absolute_source(entry, path.parent) for entry in parsed.model])
+
+    def get(self, name: str) -> ModelEntry:
+        """The entry of this name or alias.
+
+        Raises:
+            ModelNotFound: there is none; the message lists those that are.
+        """
+        entry = self._by_name.get(name)
+        if entry is None:
+            known = ", ".join(entry.name for entry in self.entries) or "none"
+            raise ModelNotFound(
+                f"The model {name[:200]!r} is not in the registry. Models there: {known}.",
+                param="model",
+            )
+        return entry
+
+    def knows(self, name: str) -> bool:
+        return name in self._by_name
+
+
+def _with_absolute_source(entry: ModelEntry, base: Path) -> ModelEntry:
+    folder = base / Path(entry.source).expanduser()
+    if not folder.is_dir():
+        return entry  # a hub id
+    return entry.model_copy(update={"source": str(folder.resolve())})
