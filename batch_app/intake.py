@@ -79,10 +79,10 @@ class Intake:
         while (end := chunk.find(b"\n", start)) >= 0:
             if self._partial or self._skipping:
                 self._append(chunk[start:end])
-                self._end_line(bytes(self._partial), end + 1 - start)
+                self._end_line(bytes(self._partial))
                 self._partial.clear()
             else:
-                self._end_line(chunk[start:end], end + 1 - start)
+                self._end_line(chunk[start:end])
             start = end + 1
         if start < len(chunk):
             self._append(chunk[start:])
@@ -95,7 +95,7 @@ class Intake:
             StorageFull: the index can't be written.
         """
         if self._partial or self._skipping:
-            self._end_line(bytes(self._partial), 0)
+            self._end_line(bytes(self._partial))
         with self._index:
             self._index.finish()
         index = Index.load(self._folder)
@@ -132,8 +132,7 @@ class Intake:
         else:
             self._partial += piece
 
-    def _end_line(self, raw: bytes, num_new_bytes: int) -> None:
-        """`num_new_bytes`: how far the file moved on with this call, line feed included."""
+    def _end_line(self, raw: bytes) -> None:
         offset, line = self._offset, self._line
         self._line += 1
         if self._skipping or len(raw) > self._rules.max_line_bytes:
