@@ -16,7 +16,8 @@
     └── EngineError
         ├── EngineLoadError        the model could not be loaded
         ├── EngineDied             the engine process ended by itself
-        └── EngineHung             no progress for too long; it was killed
+        ├── EngineHung             no progress for too long; it was killed
+        └── EngineInterrupted      its owner wanted to stop while it was loading
 
 `BadRequest` and its kin carry what the wire layer needs (`code`, `param`); the mapping to status
 codes is in `routes/errors.py`, and a test holds the two together.
@@ -135,3 +136,7 @@ class EngineDied(EngineError):
 
 class EngineHung(EngineError):
     """The engine made no progress for too long and was killed."""
+
+
+class EngineInterrupted(EngineError):
+    """Whoever owns the engine wanted to stop while the model was still loading."""

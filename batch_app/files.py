@@ -3,7 +3,7 @@
 ```
 <data_dir>/batches/incoming/           uploads under way; swept when left behind
                    input/FILE.jsonl    input files
-                   output/FILE.jsonl   published files; BATCH.jsonl: all lines of a batch, in order
+                   output/FILE.jsonl   published files; BATCH.EPOCH.jsonl: all lines, in input order
                    logs/BATCH.log      one log a batch
                    work/BATCH/         index and results log of a batch, gone once it is published
 <data_dir>/database/batch_jobs.db      the store, when it is SQLite
@@ -15,6 +15,7 @@ Names are ids that the server made, never anything a user sent.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from batch_app.core import Batch
 from batch_app.errors import StorageFull
 
 #: What the operating system says when there is no room: full disk, quota, file size limit.
@@ -32,8 +34,22 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id, `<prefix>_` and 24 hexadecimal digits (96 random bits)."""
-    return f"{prefix}_{secrets.token_hex(12)}"
+    """A fresh id: the prefix and 24 hexadecimal digits (96 random bits).
+
+    Joined by `_`, except for files, whose ids begin with `file-` in the OpenAI dialect.
+    """
+    joint = "-" if prefix == "file" else "_"
+    return f"{prefix}{joint}{secrets.token_hex(12)}"
+
+
+def derived_file_id(batch: Batch, kind: str) -> str:
+    """The id of a file published for this batch under its present epoch.
+
+    Derived, so that publishing again after a crash writes the same file again; different for every
+    epoch, so that a worker that has lost the batch can't overwrite what its successor published.
+    """
+    digest = hashlib.sha256(f"{batch.id}/{batch.epoch}/{kind}".encode()).hexdigest()
+    return f"file-{digest[:24]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +72,12 @@ class DataDir:
     def output_file(self, file_id: str) -> Path:
         return self.batches / "output" / f"{file_id}.jsonl"
 
-    def results_file(self, batch_id: str) -> Path:
-        """All lines of a finished batch, successes and failures, in input order."""
-        return self.batches / "output" / f"{batch_id}.jsonl"
+    def results_file(self, batch: Batch) -> Path:
+        """All lines of a finished batch, successes and failures, in input order.
+
+        The epoch is in the name for the reason `derived_file_id` gives.
+        """
+        return self.batches / "output" / f"{batch.id}.{batch.epoch}.jsonl"
 
     def log_file(self, batch_id: str) -> Path:
         return self.batches / "logs" / f"{batch_id}.log"
@@ -137,7 +156,7 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
 
 def move_durably(source: Path, target: Path) -> None:
     """Rename within one file system, and make the rename survive a power loss."""
-    os.replace(source, target)
+    source.replace(target)
     sync_dir(target.parent)
 
 

@@ -52,7 +52,10 @@ class IndexWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self._file.close()
 
@@ -110,12 +113,15 @@ class Index:
         try:
             header = orjson.loads((folder / "index.json").read_bytes())
             if header["version"] != VERSION:
-                raise IndexUnreadable(f"The index in {folder.name} is of version {header['version']}.")
+                raise IndexUnreadable(
+                    f"The index in {folder.name} is of version {header['version']}."
+                )
             records = np.fromfile(folder / "index.bin", dtype=DTYPE)
         except (OSError, ValueError, KeyError) as error:
             raise IndexUnreadable(f"The index in {folder.name} can't be read: {error}") from error
         if len(records) != header["num_requests"]:
             raise IndexUnreadable(
-                f"The index in {folder.name} has {len(records)} of {header['num_requests']} records."
+                f"The index in {folder.name} has {len(records)} records of "
+                f"{header['num_requests']}."
             )
         return cls(records, tuple(header["models"]), tuple(header["endpoints"]))

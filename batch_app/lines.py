@@ -106,7 +106,9 @@ def parse_line(raw: bytes) -> RequestLine:
     if not isinstance(body, dict):
         if body is None:
             raise LineProblem("missing_required_parameter", 'The line has no "body".', "body")
-        raise LineProblem("invalid_request", f'"body" must be an object, not {_kind(body)}.', "body")
+        raise LineProblem(
+            "invalid_request", f'"body" must be an object, not {_kind(body)}.', "body"
+        )
     _check_body(endpoint, body)
     return RequestLine(
         custom_id=custom_id,

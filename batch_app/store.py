@@ -243,8 +243,7 @@ class Store:
             values |= _progress_values(progress)
         with self._write() as connection:
             _fenced_update(connection, batch, values)
-            status = connection.scalar(select(batches.c.status).where(batches.c.id == batch.id))
-        return BatchStatus(status)
+            return _get_batch(connection, batch.id).status
 
     def release(self, batch: Batch) -> None:
         """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost."""

@@ -1,0 +1,98 @@
+"""The line between a worker and its engine process: typed messages over a socket pair.
+
+Each message is a MessagePack array with a tag, after four bytes of length. Nothing that arrives is
+ever executed, so that an engine taken over by a hostile prompt can't take over the worker too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from typing import TypeAlias
+
+import msgspec
+
+from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, ModelSpec, Outcome
+
+_LENGTH = struct.Struct("<I")
+_RECEIVE_BYTES = 1 << 20
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    spec: ModelSpec
+
+
+class Submit(msgspec.Struct, frozen=True, tag=True):
+    requests: list[EngineRequest]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    numbers: list[int]
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    info: EngineInfo
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    message: str
+    retriable: bool
+
+
+class Finished(msgspec.Struct, frozen=True, tag=True):
+    outcomes: list[Outcome]
+
+
+class Reading(msgspec.Struct, frozen=True, tag=True):
+    stats: EngineStats
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine can't go on; the process ends after this."""
+
+    message: str
+
+
+ToEngine: TypeAlias = Load | Submit | Cancel
+FromEngine: TypeAlias = Loaded | LoadFailed | Finished | Reading | Fatal
+
+_encoder = msgspec.msgpack.Encoder()
+to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)
+from_engine_decoder = msgspec.msgpack.Decoder(FromEngine)
+
+
+class Channel:
+    """One end. Sending and receiving may happen in two different threads."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        self._received = bytearray()
+
+    def send(self, message: ToEngine | FromEngine) -> None:
+        """Blocks until the bytes are handed over. Raises OSError when the other end is gone."""
+        data = _encoder.encode(message)
+        self._socket.sendall(_LENGTH.pack(len(data)) + data)
+
+    def receive(self) -> bytes | None:
+        """The next message's bytes, for one of the decoders; None when the other end is gone."""
+        while True:
+            if len(self._received) >= _LENGTH.size:
+                (length,) = _LENGTH.unpack_from(self._received)
+                end = _LENGTH.size + length
+                if len(self._received) >= end:
+                    message = bytes(memoryview(self._received)[_LENGTH.size : end])
+                    del self._received[:end]
+                    return message
+            try:
+                chunk = self._socket.recv(_RECEIVE_BYTES)
+            except OSError:
+                return None
+            if not chunk:
+                return None
+            self._received += chunk
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()

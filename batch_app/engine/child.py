@@ -1,0 +1,149 @@
+"""The engine process: `python -m batch_app.engine.child FD`, started by `engine.host`.
+
+Holds one engine for one model. Ends when its channel does, so it never outlives its worker, even
+when that is killed and even when the engine itself hangs: a thread of its own watches the channel.
+Opens no port.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+
+from batch_app.engine.base import Engine, ModelSpec
+from batch_app.engine.channel import (
+    Cancel,
+    Channel,
+    Fatal,
+    Finished,
+    Load,
+    Loaded,
+    LoadFailed,
+    Reading,
+    Submit,
+    ToEngine,
+    to_engine_decoder,
+)
+from batch_app.errors import BatchAppError, EngineError, EngineLoadError
+
+#: Where each engine of the registry lives. Imported by name: no engine loads another's libraries.
+ENGINES = {
+    "vllm": ("batch_app.engine.vllm", "VllmEngine"),
+    "sim": ("batch_app.engine.sim", "SimEngine"),
+}
+COLLECT_S = 0.05
+STATS_EVERY_S = 0.5
+_PR_SET_PDEATHSIG = 1
+
+
+def make_engine(spec: ModelSpec) -> Engine:
+    """Raises EngineLoadError when the registry names an engine that doesn't exist."""
+    try:
+        module, name = ENGINES[spec.engine]
+    except KeyError:
+        raise EngineLoadError(
+            f"The model {spec.name!r} asks for the engine {spec.engine!r}; there are: "
+            f"{', '.join(sorted(ENGINES))}."
+        ) from None
+    try:
+        engine_class = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise EngineLoadError(
+            f"The engine {spec.engine!r} is not installed here: {error}"
+        ) from error
+    engine: Engine = engine_class(spec)
+    return engine
+
+
+def serve(channel: Channel) -> int:
+    """Load what the first message says, then work until the channel ends. Returns an exit code."""
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    first = inbox.get()
+    if not isinstance(first, Load):
+        return 2
+    try:
+        engine = make_engine(first.spec)
+        info = engine.load()
+    except EngineLoadError as error:
+        channel.send(LoadFailed(error.message, error.retriable))
+        return 1
+    channel.send(Loaded(info))
+    try:
+        _work(engine, inbox, channel)
+    except EngineError as error:
+        channel.send(Fatal(error.message))
+        return 1
+    finally:
+        engine.close()
+    return 0
+
+
+def _listen(channel: Channel, inbox: queue.SimpleQueue[ToEngine]) -> None:
+    while (data := channel.receive()) is not None:
+        inbox.put(to_engine_decoder.decode(data))
+    # The worker is gone, or has let go of us. Whatever the engine is doing, nobody waits for it;
+    # its memory is freed by ending, and nothing of it needs an orderly end.
+    os._exit(0)
+
+
+def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) -> None:
+    in_flight: set[int] = set()
+    next_stats = 0.0
+    while True:
+        try:
+            message = inbox.get(block=not in_flight)
+            while True:
+                if isinstance(message, Submit):
+                    engine.submit(message.requests)
+                    in_flight.update(request.number for request in message.requests)
+                elif isinstance(message, Cancel):
+                    engine.cancel(message.numbers)
+                    in_flight.difference_update(message.numbers)
+                message = inbox.get_nowait()
+        except queue.Empty:
+            pass
+        outcomes = engine.collect(COLLECT_S)
+        if outcomes:
+            in_flight.difference_update(outcome.number for outcome in outcomes)
+            channel.send(Finished(outcomes))
+        now = time.monotonic()
+        if now >= next_stats:
+            channel.send(Reading(engine.stats()))
+            next_stats = now + STATS_EVERY_S
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its worker dies: a second line behind `_listen`."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main() -> int:
+    descriptor = int(sys.argv[1])
+    _die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=descriptor))
+    try:
+        return serve(channel)
+    except BatchAppError as error:
+        channel.send(Fatal(error.message))
+        return 1
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Interpreter shutdown with an engine's threads and native pools around has nothing to give.
+    os._exit(exit_code)

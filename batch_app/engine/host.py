@@ -1,0 +1,276 @@
+"""An engine in a process of its own, seen from the worker: the same interface, one step removed.
+
+Adds what only the outside can do: notice that the engine died or hangs, and kill it. The process is
+the head of its own process group (Ctrl-C in the terminal doesn't reach it, and killing the group
+leaves nothing behind), inherits no credentials, and writes its output to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from batch_app.engine.base import (
+    Engine,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    ModelSpec,
+    Outcome,
+)
+from batch_app.engine.channel import (
+    Cancel,
+    Channel,
+    Fatal,
+    Finished,
+    FromEngine,
+    Load,
+    Loaded,
+    LoadFailed,
+    Reading,
+    Submit,
+    ToEngine,
+    from_engine_decoder,
+)
+from batch_app.engine.fetch import local_folder
+from batch_app.errors import EngineDied, EngineHung, EngineInterrupted, EngineLoadError
+
+_TICK_S = 0.2
+_DUMP_GRACE_S = 1.0
+_LOG_TAIL_BYTES = 4096
+_MAX_LOG_BYTES = 16 << 20
+_CREDENTIAL = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE)_", re.I
+)
+
+
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the engine process gets of this environment: no credentials, no way to the hub."""
+    kept = {name: value for name, value in environment.items() if not _CREDENTIAL.search(name)}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+class EngineHost(Engine):
+    """Runs the engine that `spec` names in a child process.
+
+    `interrupted` is asked while the model loads; when it answers True, loading is given up.
+    Loading and collecting belong to one thread, as with every engine.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        log_path: Path,
+        start_timeout_s: float = 1800.0,
+        hang_s: float = 300.0,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.spec = spec
+        self.info: EngineInfo | None = None
+        self._log_path = log_path
+        self._start_timeout_s = start_timeout_s
+        self._hang_s = hang_s
+        self._interrupted = interrupted
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+        self._inbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._stats = EngineStats()
+        self._in_flight: set[int] = set()
+        self._last_progress = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process, while there is one."""
+        return self._process.pid if self._process else None
+
+    def load(self) -> EngineInfo:
+        folder = self.spec.source
+        if self.spec.engine == "vllm":
+            folder = local_folder(self.spec, self._start_timeout_s)
+        self._start()
+        self._send(Load(msgspec.structs.replace(self.spec, source=folder)))
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            message = self._next(_TICK_S)
+            if isinstance(message, Loaded):
+                self.info = message.info
+                self._last_progress = time.monotonic()
+                return message.info
+            if isinstance(message, LoadFailed):
+                self.close()
+                raise EngineLoadError(message.message, retriable=message.retriable)
+            if self._interrupted():
+                self.close()
+                raise EngineInterrupted(f"Loading {self.spec.name} was interrupted.")
+            if time.monotonic() > deadline:
+                self._dump_stacks()
+                self.close()
+                raise EngineLoadError(
+                    f"{self.spec.name} did not load within {self._start_timeout_s:.0f} s "
+                    "(engine_start_timeout_s).",
+                    retriable=True,
+                )
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        if not self._in_flight:
+            self._last_progress = time.monotonic()
+        self._in_flight.update(request.number for request in requests)
+        self._send(Submit(list(requests)))
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        self._in_flight.difference_update(numbers)
+        self._send(Cancel(list(numbers)))
+
+    def collect(self, timeout_s: float) -> list[Outcome]:
+        """As `Engine.collect`.
+
+        Raises also:
+            EngineHung: requests are in flight and no token came for `hang_s`; it was killed.
+        """
+        outcomes: list[Outcome] = []
+        deadline = time.monotonic() + timeout_s
+        while self._in_flight:
+            remaining = deadline - time.monotonic()
+            message = self._next(0 if outcomes else max(0.0, min(remaining, _TICK_S)))
+            if isinstance(message, Finished):
+                self._last_progress = time.monotonic()
+                for outcome in message.outcomes:
+                    if outcome.number in self._in_flight:  # else: cancelled meanwhile
+                        self._in_flight.discard(outcome.number)
+                        outcomes.append(outcome)
+                continue
+            if isinstance(message, Reading):
+                continue
+            if outcomes or remaining <= 0:
+                break
+            self._check_hang()
+        return outcomes
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def close(self) -> None:
+        process, channel = self._process, self._channel
+        self._process = self._channel = None
+        self._in_flight.clear()
+        if channel is not None:
+            channel.close()  # the engine process ends itself at that
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=5.0)
+            # Also its own children, if it had any: none may keep the device's memory.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self._log_path.exists() and self._log_path.stat().st_size > _MAX_LOG_BYTES:
+            self._log_path.replace(self._log_path.with_suffix(".log.1"))
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "batch_app.engine.child", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                env=engine_environment(os.environ),
+                start_new_session=True,
+            )
+        theirs.close()
+        self._channel = Channel(ours)
+        self._inbox = queue.SimpleQueue()
+        threading.Thread(
+            target=_listen, args=(self._channel, self._inbox), name="engine-channel", daemon=True
+        ).start()
+
+    def _send(self, message: ToEngine) -> None:
+        if self._channel is None:
+            raise EngineDied("The engine is not running.")
+        try:
+            self._channel.send(message)
+        except OSError:
+            raise self._died() from None
+
+    def _next(self, timeout_s: float) -> FromEngine | None:
+        """The next message, None after `timeout_s` without one. Raises EngineDied."""
+        try:
+            message = self._inbox.get(timeout=timeout_s) if timeout_s else self._inbox.get_nowait()
+        except queue.Empty:
+            return None
+        if message is None:
+            raise self._died()
+        if isinstance(message, Fatal):
+            self.close()
+            raise EngineDied(f"The engine failed: {message.message}")
+        if isinstance(message, Reading):
+            if _has_progressed(self._stats, message.stats):
+                self._last_progress = time.monotonic()
+            self._stats = message.stats
+        return message
+
+    def _died(self) -> EngineDied:
+        process = self._process
+        exit_code = None
+        if process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                exit_code = process.wait(timeout=5.0)
+        self.close()
+        how = f"exit code {exit_code}"
+        if exit_code is not None and exit_code < 0:
+            with contextlib.suppress(ValueError):
+                how = f"killed by {signal.Signals(-exit_code).name}"
+        return EngineDied(
+            f"The engine process ended ({how}); its output is in {self._log_path}.",
+            exit_code=exit_code,
+        )
+
+    def _check_hang(self) -> None:
+        silent_s = time.monotonic() - self._last_progress
+        if silent_s < self._hang_s:
+            return
+        self._dump_stacks()
+        num_in_flight = len(self._in_flight)
+        self.close()
+        raise EngineHung(
+            f"No token for {silent_s:.0f} s with {num_in_flight} requests in flight "
+            f"(engine_hang_s): the engine was killed. Its stacks are in {self._log_path}."
+        )
+
+    def _dump_stacks(self) -> None:
+        """Have the engine write what its threads are doing to its log."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=_DUMP_GRACE_S)
+
+
+def _has_progressed(before: EngineStats, now: EngineStats) -> bool:
+    return (
+        now.generation_tokens_total > before.generation_tokens_total
+        or now.prompt_tokens_total > before.prompt_tokens_total
+    )
+
+
+def _listen(channel: Channel, inbox: queue.SimpleQueue[FromEngine | None]) -> None:
+    """Always reading, so that the engine never blocks on a worker that is busy sending to it."""
+    while (data := channel.receive()) is not None:
+        inbox.put(from_engine_decoder.decode(data))
+    inbox.put(None)

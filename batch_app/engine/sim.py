@@ -1,0 +1,205 @@
+"""The simulated engine: no model, the same interface, answers that can be checked.
+
+For fast tests and for measuring everything around the engine. It is chosen by name in the registry
+(`engine = "sim"`) and never stands in for another. The answer to a request is its last message (or
+prompt) said back, so that a test can tell whose answer it holds.
+
+`engine_args` it knows, all optional: `max_num_seqs`, `max_model_len` (tokens are words here),
+`prefill_token_s` and `decode_step_s` (seconds a prompt token, and an output token, take),
+`load_s`, and the faults `fail_load`, `die_after`, `hang_after` (after so many answers).
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import orjson
+
+from batch_app import __version__
+from batch_app.core import Endpoint
+from batch_app.engine.base import (
+    Engine,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    ModelSpec,
+    Outcome,
+)
+from batch_app.errors import EngineLoadError
+
+_KNOWN_ARGS = frozenset(
+    {
+        "max_num_seqs",
+        "max_model_len",
+        "prefill_token_s",
+        "decode_step_s",
+        "load_s",
+        "fail_load",
+        "die_after",
+        "hang_after",
+    }
+)
+_ENDPOINTS = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
+
+
+class SimEngine(Engine):
+    """Runs up to `max_num_seqs` requests side by side, each for as long as its tokens say."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+        args = spec.engine_args
+        self._max_num_seqs = int(args.get("max_num_seqs", 256))
+        self._max_model_len = int(args.get("max_model_len", 1 << 20))
+        self._prefill_token_s = float(args.get("prefill_token_s", 0.0))
+        self._decode_step_s = float(args.get("decode_step_s", 0.0))
+        self._waiting: deque[EngineRequest] = deque()
+        self._running: list[tuple[float, int, Outcome]] = []  # a heap by time of finishing
+        self._num_answers = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+
+    def load(self) -> EngineInfo:
+        args = self._spec.engine_args
+        unknown = sorted(set(args) - _KNOWN_ARGS)
+        if unknown:
+            raise EngineLoadError(f"The simulated engine has no argument {unknown[0]!r}.")
+        if args.get("fail_load"):
+            raise EngineLoadError(str(args["fail_load"]))
+        load_s = float(args.get("load_s", 0.0))
+        time.sleep(load_s)
+        return EngineInfo(
+            engine="sim",
+            engine_version=__version__,
+            model=self._spec.name,
+            device="simulated",
+            load_s=load_s,
+            max_model_len=self._max_model_len,
+            max_num_seqs=self._max_num_seqs,
+            max_num_batched_tokens=self._max_num_seqs * 16,
+            endpoints=_ENDPOINTS,
+        )
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self._waiting.extend(requests)
+
+    def cancel(self, numbers: Collection[int]) -> None:
+        gone = set(numbers)
+        self._waiting = deque(r for r in self._waiting if r.number not in gone)
+        self._running = [entry for entry in self._running if entry[2].number not in gone]
+        heapq.heapify(self._running)
+
+    def collect(self, timeout_s: float) -> list[Outcome]:
+        deadline = time.monotonic() + timeout_s
+        finished: list[Outcome] = []
+        while self._waiting or self._running:
+            now = time.monotonic()
+            self._admit(now)
+            while self._running and self._running[0][0] <= now:
+                finished.append(heapq.heappop(self._running)[2])
+            if finished:
+                break
+            if now >= deadline:
+                break
+            time.sleep(max(0.0, min(self._running[0][0], deadline) - now))
+        for outcome in finished:
+            self._count(outcome)
+        return finished
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            prompt_tokens_total=self._prompt_tokens,
+            generation_tokens_total=self._generation_tokens,
+        )
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._running.clear()
+
+    def _admit(self, now: float) -> None:
+        while self._waiting and len(self._running) < self._max_num_seqs:
+            request = self._waiting.popleft()
+            outcome = self._answer(request)
+            duration_s = (
+                outcome.prompt_tokens * self._prefill_token_s
+                + outcome.completion_tokens * self._decode_step_s
+            )
+            heapq.heappush(self._running, (now + duration_s, request.number, outcome))
+
+    def _count(self, outcome: Outcome) -> None:
+        self._num_answers += 1
+        self._prompt_tokens += outcome.prompt_tokens
+        self._generation_tokens += outcome.completion_tokens
+        args = self._spec.engine_args
+        if self._num_answers == args.get("die_after"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self._num_answers == args.get("hang_after"):
+            while True:
+                time.sleep(3600)
+
+    def _answer(self, request: EngineRequest) -> Outcome:
+        try:
+            body = orjson.loads(request.body)
+            text = _prompt(request.endpoint, body)
+        except (orjson.JSONDecodeError, KeyError, TypeError, IndexError):
+            return _refusal(request.number, 400, "The body can't be understood.", None)
+        if request.endpoint not in _ENDPOINTS:
+            return _refusal(request.number, 404, f"No {request.endpoint} here.", None)
+        if body.get("stream"):
+            return _refusal(request.number, 400, "A batch can't stream.", "stream")
+        words = text.split()
+        if len(words) > self._max_model_len:
+            return _refusal(
+                request.number,
+                400,
+                f"This model's maximum context length is {self._max_model_len} tokens. "
+                f"However, your request has {len(words)} input tokens.",
+                "messages",
+            )
+        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        said = words if limit is None else words[:limit]
+        response = self._response(request, " ".join(said), len(words), len(said))
+        return Outcome(
+            number=request.number,
+            status_code=200,
+            body=orjson.dumps(response),
+            prompt_tokens=len(words),
+            completion_tokens=len(said),
+        )
+
+    def _response(
+        self, request: EngineRequest, text: str, prompt_tokens: int, completion_tokens: int
+    ) -> dict[str, Any]:
+        chat = request.endpoint == Endpoint.CHAT_COMPLETIONS
+        content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request.number:x}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": self._spec.name,
+            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": "stop"}],
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": completion_tokens,
+                "total_tokens": prompt_tokens + completion_tokens,
+            },
+        }
+
+
+def _prompt(endpoint: str, body: dict[str, Any]) -> str:
+    if endpoint == Endpoint.CHAT_COMPLETIONS:
+        return str(body["messages"][-1]["content"])
+    return str(body.get("prompt", ""))
+
+
+def _refusal(number: int, status_code: int, message: str, param: str | None) -> Outcome:
+    kind = "NotFoundError" if status_code == 404 else "BadRequestError"
+    error = {"message": message, "type": kind, "param": param, "code": status_code}
+    return Outcome(number=number, status_code=status_code, body=orjson.dumps({"error": error}))

@@ -1,0 +1,131 @@
+"""Finalize: the published files of a batch, in input order, each whole or not there at all.
+
+Three files: all lines (the native dialect's results), the lines that succeeded (output) and those
+that didn't (errors). Without failures the first two are one file under two names. Their names are
+derived from batch and epoch: doing it again after a crash replaces each by its equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import orjson
+
+from batch_app.core import Batch, FilePurpose, StoredFile
+from batch_app.files import DataDir, atomic_writer, derived_file_id, sync_dir
+from batch_app.index import Index
+from batch_app.results import ResultsLog
+from batch_app.wire.lines import error_line
+
+WRITE_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """What to say of the requests that have no result: their `error.code` and `error.message`."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The files that came of it; None where there was no line for one."""
+
+    output: StoredFile | None
+    errors: StoredFile | None
+
+    @property
+    def files(self) -> list[StoredFile]:
+        return [file for file in (self.output, self.errors) if file is not None]
+
+
+def publish(
+    data: DataDir,
+    batch: Batch,
+    index: Index,
+    log: ResultsLog,
+    unfinished: Unfinished | None,
+    now: datetime,
+) -> Published:
+    """Write the published files of a batch.
+
+    `unfinished` says what stands for requests without a result; None asserts there are none.
+
+    Raises:
+        StorageFull: nothing half-written remains, the results log is as it was.
+        ValueError: a request has no result and `unfinished` is None.
+    """
+    output_id, errors_id = derived_file_id(batch, "output"), derived_file_id(batch, "errors")
+    output_path, errors_path = data.output_file(output_id), data.output_file(errors_id)
+    results_path = data.results_file(batch)
+    num_good = log.progress.completed
+    if num_good == len(index):
+        with atomic_writer(output_path) as output:
+            for number in range(len(index)):
+                output.write(log.read(number) + b"\n")
+        _same_file(output_path, results_path)
+        return Published(_record(output_id, output_path, "output", batch, now), None)
+
+    with contextlib.ExitStack() as stack:
+        results = stack.enter_context(atomic_writer(results_path))
+        errors = stack.enter_context(atomic_writer(errors_path))
+        good: BinaryIO | None = None
+        if num_good:
+            good = stack.enter_context(atomic_writer(output_path))
+        inputs = stack.enter_context(data.input_file(batch.input_file_id).open("rb"))
+        for number in range(len(index)):
+            status = log.status_code(number)
+            if status:
+                line = log.read(number) + b"\n"
+            elif unfinished is None:
+                raise ValueError(f"Request {number} of {batch.id} has no result.")
+            else:
+                custom_id = read_custom_id(inputs, index, number)
+                line = (
+                    error_line(batch.id, number, custom_id, unfinished.code, unfinished.message)
+                    + b"\n"
+                )
+            results.write(line)
+            if status == 200 and good is not None:
+                good.write(line)
+            else:
+                errors.write(line)
+    return Published(
+        _record(output_id, output_path, "output", batch, now) if num_good else None,
+        _record(errors_id, errors_path, "errors", batch, now),
+    )
+
+
+def read_request_line(inputs: BinaryIO, index: Index, number: int) -> bytes:
+    """The bytes of one line of the input file."""
+    record = index.records[number]
+    return os.pread(inputs.fileno(), int(record["length"]), int(record["offset"]))
+
+
+def read_custom_id(inputs: BinaryIO, index: Index, number: int) -> str:
+    custom_id: str = orjson.loads(read_request_line(inputs, index, number))["custom_id"]
+    return custom_id
+
+
+def _same_file(existing: Path, name: Path) -> None:
+    """Give a file a second name. Each can be deleted without the other."""
+    name.unlink(missing_ok=True)
+    os.link(existing, name)
+    sync_dir(name.parent)
+
+
+def _record(file_id: str, path: Path, kind: str, batch: Batch, now: datetime) -> StoredFile:
+    return StoredFile(
+        id=file_id,
+        purpose=FilePurpose.BATCH_OUTPUT,
+        filename=f"{batch.id}_{kind}.jsonl",
+        size_bytes=path.stat().st_size,
+        created_at=now,
+        owner=batch.owner,
+    )

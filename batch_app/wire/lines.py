@@ -1,0 +1,42 @@
+"""One line of a published file, the same in both dialects.
+
+`{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`: a request that
+was answered has a `response` (of whatever status) and no `error`; one that never ran has an `error`
+and no `response`. Lines are put together from bytes, since the body is JSON already.
+"""
+
+from __future__ import annotations
+
+import orjson
+
+
+def request_ids(batch_id: str, number: int) -> tuple[str, str]:
+    """The ids of a request's line and of its response: fixed by batch and number, so that a
+    request that is run again after a crash keeps them."""
+    unique = f"{batch_id.removeprefix('batch_')}{number:08x}"
+    return f"batch_req_{unique}", f"req_{unique}"
+
+
+def response_line(
+    batch_id: str, number: int, custom_id: str, status_code: int, body: bytes
+) -> bytes:
+    """`body` is a JSON object. Without a line feed at the end."""
+    line_id, request_id = request_ids(batch_id, number)
+    return (
+        b'{"id":"%b","custom_id":%b,"response":{"status_code":%d,"request_id":"%b","body":%b},'
+        b'"error":null}'
+        % (line_id.encode(), orjson.dumps(custom_id), status_code, request_id.encode(), body)
+    )
+
+
+def error_line(batch_id: str, number: int, custom_id: str, code: str, message: str) -> bytes:
+    """For a request that never ran."""
+    line_id, _ = request_ids(batch_id, number)
+    return orjson.dumps(
+        {
+            "id": line_id,
+            "custom_id": custom_id,
+            "response": None,
+            "error": {"code": code, "message": message},
+        }
+    )
