@@ -60,12 +60,16 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a loaded engine says of itself. Limits by vLLM's names; `load_s` in seconds."""
+    """What a loaded engine says of itself. Limits by vLLM's names; `load_s` in seconds.
+
+    `device` is the product's name, `device_type` "gpu" or "cpu".
+    """
 
     engine: str
     engine_version: str
     model: str
     device: str
+    device_type: str
     load_s: float
     max_model_len: int
     max_num_seqs: int

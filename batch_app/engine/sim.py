@@ -78,6 +78,7 @@ class SimEngine(Engine):
             engine_version=__version__,
             model=self._spec.name,
             device="simulated",
+            device_type="cpu",
             load_s=load_s,
             max_model_len=self._max_model_len,
             max_num_seqs=self._max_num_seqs,

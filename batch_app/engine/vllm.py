@@ -154,6 +154,7 @@ class VllmEngine(Engine):
             engine_version=str(vllm_version),
             model=self.spec.name,
             device=_device_name(current_platform),
+            device_type="cpu" if current_platform.is_cpu() else "gpu",
             load_s=time.monotonic() - started,
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,

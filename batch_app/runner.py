@@ -1,0 +1,381 @@
+"""The runner: one batch from claim to publication.
+
+Keeps a bounded window of requests in flight and refills it whenever one finishes. Everything here
+may be cut off at any point and done again: what has a committed result is never run again, and
+publishing twice writes the same files twice.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, BinaryIO
+
+from batch_app.batch_log import BatchLog
+from batch_app.benchmarks import BenchmarkFolder, record_from_run
+from batch_app.config import Settings
+from batch_app.core import Batch, BatchStatus, Dialect, TokenCounts, utc_now
+from batch_app.engine.base import EngineInfo, Outcome
+from batch_app.engine.slot import EngineSlot
+from batch_app.errors import (
+    Conflict,
+    EngineDied,
+    EngineError,
+    EngineHung,
+    EngineLoadError,
+    IndexUnreadable,
+    ModelNotFound,
+    StorageFull,
+)
+from batch_app.files import DataDir, remove_tree
+from batch_app.finalize import Unfinished, publish
+from batch_app.index import Index
+from batch_app.intake import IntakeRules, index_file
+from batch_app.keeper import Delivery, Keeper
+from batch_app.planner import Numbers, plan
+from batch_app.registry import ModelRegistry
+from batch_app.results import ResultsLog
+from batch_app.store import Store
+from batch_app.window import Cancelled, Stopped, Window
+
+RETRY_LOAD_S = 2.0
+CANCELLED = Unfinished("batch_cancelled", "The batch was cancelled before this request ran.")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What this claim computed, for the benchmark: requests, tokens, seconds."""
+
+    load_s: float = 0.0
+    inference_s: float = 0.0
+    num_requests: int = 0
+    num_succeeded: int = 0
+    tokens: TokenCounts = field(default_factory=TokenCounts)
+    info: EngineInfo | None = None
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        self.num_requests += len(outcomes)
+        prompt = completion = cached = 0
+        for outcome in outcomes:
+            self.num_succeeded += outcome.status_code == 200
+            prompt += outcome.prompt_tokens
+            completion += outcome.completion_tokens
+            cached += outcome.cached_tokens
+        self.tokens += TokenCounts(prompt, completion, cached)
+
+
+class Runner:
+    """Runs claimed batches, one after the other, on the engine of one slot."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        data: DataDir,
+        settings: Settings,
+        slot: EngineSlot,
+        benchmarks: BenchmarkFolder,
+        stop: threading.Event,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._store = store
+        self._data = data
+        self._settings = settings
+        self._slot = slot
+        self._benchmarks = benchmarks
+        self._stop = stop
+        self._clock = clock
+
+    def run(self, batch: Batch) -> None:
+        """Work on a batch that was just claimed until it is published, or has to be given back.
+
+        Raises:
+            LeaseLost: another worker has it.
+            StorageFull, ResultsLogError, StoreUnavailable, OSError: it can't go on at the moment;
+                what is committed stays, and the caller gives the batch back.
+        """
+        self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
+        batch_log = BatchLog(self._data.log_file(batch.id))
+        batch_log.write(f"Claimed by worker {batch.lease_owner} (claim {batch.epoch}).")
+        index = self._load_index(batch, batch_log)
+        log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
+        try:
+            if log.progress.done:
+                batch_log.write(
+                    f"Going on: {log.progress.done:,} of {len(index):,} requests are done."
+                )
+            if log.num_damaged:
+                batch_log.write(
+                    f"The results log was damaged in {log.num_damaged} places; "
+                    "the requests concerned run again."
+                )
+            keeper = Keeper(
+                store=self._store,
+                batch=batch,
+                log=log,
+                batch_log=batch_log,
+                settings=self._settings,
+                clock=self._clock,
+            )
+            with _running(keeper):
+                _Run(self, batch, index, log, batch_log, keeper).to_the_end()
+        finally:
+            log.close()
+
+    def _load_index(self, batch: Batch, batch_log: BatchLog) -> Index:
+        folder = self._data.work_dir(batch.id)
+        try:
+            return Index.load(folder)
+        except IndexUnreadable as error:
+            batch_log.write(f"{error.message} Making it anew.")
+        registry = ModelRegistry.load(self._settings.models)
+        rules = IntakeRules(
+            registry=registry,
+            model=batch.model if batch.dialect is Dialect.NATIVE else None,
+            max_line_bytes=self._settings.max_line_bytes,
+        )
+        index_file(self._data.input_file(batch.input_file_id), folder, rules)
+        return Index.load(folder)
+
+
+@contextmanager
+def _running(keeper: Keeper) -> Iterator[None]:
+    keeper.start()
+    try:
+        yield
+    finally:
+        keeper.stop()
+
+
+class _Run:
+    """One claim of one batch."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        batch: Batch,
+        index: Index,
+        log: ResultsLog,
+        batch_log: BatchLog,
+        keeper: Keeper,
+    ) -> None:
+        self._runner = runner
+        self._settings = runner._settings
+        self._batch = batch
+        self._index = index
+        self._log = log
+        self._batch_log = batch_log
+        self._keeper = keeper
+        self._tally = Tally()
+        self._next_progress = 0.0
+        self._progress_tokens = 0
+        self._progress_at = 0.0
+
+    def to_the_end(self) -> None:
+        status = self._batch.status
+        try:
+            if status is BatchStatus.RUNNING:
+                self._run_groups()
+                self._move(BatchStatus.FINALIZING)
+            self._finish(BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else None)
+        except Cancelled:
+            self._keeper.flush()
+            self._finish(BatchStatus.CANCELLED)
+        except Stopped:
+            self._give_back()
+        except (EngineError, ModelNotFound) as error:
+            if self._runner._stop.is_set():
+                self._give_back()
+                return
+            self._keeper.flush()
+            self._batch_log.write(f"Failed: {error.message}")
+            self._finish(BatchStatus.FAILED, error.message)
+
+    # -- running -------------------------------------------------------------------------------
+
+    def _run_groups(self) -> None:
+        registry = ModelRegistry.load(self._settings.models)
+        input_path = self._runner._data.input_file(self._batch.input_file_id)
+        with input_path.open("rb") as inputs:
+            for model, numbers in plan(self._index, self._log.todo()):
+                self._run_group(registry, model, numbers, inputs)
+        self._keeper.flush()
+
+    def _run_group(
+        self, registry: ModelRegistry, model: str, numbers: Numbers, inputs: BinaryIO
+    ) -> None:
+        """Run the requests of one model, through as many engine lives as it takes."""
+        entry = registry.get(model)
+        restarts_in_vain = 0
+        while True:
+            done_before = self._tally.num_requests
+            try:
+                loaded = self._runner._slot.holds(entry)
+                if not loaded:
+                    self._batch_log.write(f"Loading {model} ({entry.engine}).")
+                engine, info = self._runner._slot.take(entry)
+                self._tally.info = info
+                if not loaded:
+                    self._tally.load_s += info.load_s
+                    self._batch_log.write(
+                        f"{model} loaded in {info.load_s:.1f} s on {info.device} "
+                        f"({info.engine} {info.engine_version})."
+                    )
+                window = Window(
+                    engine,
+                    size=max(1, int(info.max_num_seqs * self._settings.window_factor)),
+                    index=self._index,
+                    inputs=inputs,
+                    deliver=self._deliver,
+                    check=self._check,
+                    drain_s=self._settings.drain_s,
+                )
+                started = time.monotonic()
+                try:
+                    window.run(numbers)
+                finally:
+                    self._tally.inference_s += time.monotonic() - started
+                return
+            except (EngineDied, EngineHung, EngineLoadError) as error:
+                self._runner._slot.unload()
+                if isinstance(error, EngineLoadError) and not error.retriable:
+                    raise
+                if self._tally.num_requests > done_before:
+                    restarts_in_vain = 0
+                restarts_in_vain += 1
+                if restarts_in_vain > self._settings.max_engine_restarts:
+                    raise
+                self._batch_log.write(f"{error.message} Starting the engine again.")
+                if self._runner._stop.wait(RETRY_LOAD_S * (restarts_in_vain - 1)):
+                    raise Stopped from None
+                self._keeper.flush()
+                numbers = numbers[[not self._log.is_done(int(n)) for n in numbers]]
+
+    def _check(self, *, draining: bool) -> None:
+        """Raise whatever should end this run: LeaseLost, a full disk, Cancelled, Stopped."""
+        self._keeper.check()
+        if self._keeper.cancel_requested.is_set():
+            raise Cancelled
+        if self._runner._stop.is_set() and not draining:
+            raise Stopped
+
+    def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
+        if deliveries:
+            self._tally.add([delivery.outcome for delivery in deliveries])
+            self._keeper.deliver(deliveries)
+        self._log_progress(num_in_flight)
+
+    def _log_progress(self, num_in_flight: int) -> None:
+        """A line in the batch's log every few seconds."""
+        now = time.monotonic()
+        if now < self._next_progress:
+            return
+        tokens = self._tally.tokens.total_tokens
+        if self._next_progress:
+            done, total = self._log.progress.done, len(self._index)
+            speed = (tokens - self._progress_tokens) / (now - self._progress_at)
+            self._batch_log.write(
+                f"{done:,} of {total:,} done ({100 * done / total:.1f}%), "
+                f"{self._log.progress.failed:,} failed, {num_in_flight:,} in flight, "
+                f"{speed:,.0f} tokens/s."
+            )
+        self._progress_tokens, self._progress_at = tokens, now
+        self._next_progress = now + self._settings.progress_log_s
+
+    # -- ending --------------------------------------------------------------------------------
+
+    def _give_back(self) -> None:
+        progress = self._keeper.flush()
+        self._keeper.stop()
+        self._runner._store.release(self._batch)
+        self._batch_log.write(
+            f"The worker stops: given back with {progress.done:,} of {len(self._index):,} done. "
+            "The next worker goes on from here."
+        )
+
+    def _finish(self, to: BatchStatus | None, message: str | None = None) -> None:
+        runner, batch = self._runner, self._batch
+        unfinished = None
+        if to is BatchStatus.CANCELLED:
+            unfinished = CANCELLED
+        elif to is BatchStatus.FAILED:
+            unfinished = Unfinished("batch_failed", message or "The batch failed.")
+        started = time.monotonic()
+        published = publish(
+            runner._data, batch, self._index, self._log, unfinished, runner._clock()
+        )
+        progress = self._log.progress
+        tally = self._tally
+        to = to or BatchStatus.COMPLETED
+        speed = None
+        if tally.inference_s > 0 and tally.tokens.total_tokens:
+            speed = tally.tokens.total_tokens / tally.inference_s
+        self._keeper.stop()
+        self._keeper.check()
+        batch = self._move(
+            to,
+            new_files=published.files,
+            output_file_id=published.output.id if published.output else None,
+            error_file_id=published.errors.id if published.errors else None,
+            progress=progress,
+            throughput_tokens_per_s=speed,
+            error_message=message,
+        )
+        to = batch.status
+        self._batch_log.write(
+            f"{to.value.capitalize()}: {progress.completed:,} succeeded, {progress.failed:,} "
+            f"failed of {len(self._index):,}; {progress.tokens.total_tokens:,} tokens"
+            + (f", {speed:,.0f} tokens/s" if speed else "")
+            + f". Files written in {time.monotonic() - started:.1f} s."
+        )
+        if to is BatchStatus.COMPLETED:
+            self._write_benchmark()
+        remove_tree(runner._data.work_dir(batch.id))
+
+    def _move(self, to: BatchStatus, **values: Any) -> Batch:
+        """Change the batch's state. A wish to cancel that came just now goes first."""
+        store, now = self._runner._store, self._runner._clock()
+        try:
+            return store.transition(self._batch, to, now, **values)
+        except Conflict:
+            if store.get_batch(self._batch.id).status is not BatchStatus.CANCELLING:
+                raise
+            if to is BatchStatus.FINALIZING:
+                raise Cancelled from None
+            return store.transition(self._batch, BatchStatus.CANCELLED, now, **values)
+
+    def _write_benchmark(self) -> None:
+        tally = self._tally
+        info = tally.info
+        if info is None or not tally.num_succeeded or len(self._index.models) != 1:
+            return  # nothing was computed in this claim, or not by one model
+        record = record_from_run(
+            batch_id=self._batch.id,
+            model=info.model,
+            engine=info.engine,
+            engine_version=info.engine_version,
+            device=info.device_type,
+            device_name=info.device,
+            num_requests=tally.num_requests,
+            success_count=tally.num_succeeded,
+            load_s=info.load_s,
+            inference_s=tally.inference_s,
+            prompt_tokens=tally.tokens.prompt_tokens,
+            completion_tokens=tally.tokens.completion_tokens,
+            engine_args={
+                "max_model_len": info.max_model_len,
+                "gpu_memory_utilization": info.gpu_memory_utilization,
+                "enable_prefix_caching": info.enable_prefix_caching,
+                "enable_chunked_prefill": info.enable_chunked_prefill,
+            },
+            timestamp=self._runner._clock(),
+        )
+        try:
+            self._runner._benchmarks.write(record)
+        except (OSError, StorageFull) as error:
+            # The batch is done whether or not its benchmark could be kept.
+            self._batch_log.write(f"The benchmark record was not written: {error}")

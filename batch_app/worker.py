@@ -1,0 +1,296 @@
+"""The worker: claims batches, one at a time, and runs each to its end.
+
+    python -m batch_app.worker
+
+SIGINT or SIGTERM drains: requests in flight get `drain_s` seconds to finish, the batch is given
+back, and the process exits with 0. A second signal ends it at once; what is committed stays.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from batch_app.batch_log import BatchLog
+from batch_app.benchmarks import BenchmarkFolder
+from batch_app.config import Settings, load_settings
+from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.engine.slot import EngineSlot
+from batch_app.errors import (
+    BatchAppError,
+    LeaseLost,
+    NotFound,
+    ResultsLogError,
+    StorageFull,
+    StoreUnavailable,
+)
+from batch_app.files import DataDir, new_id, remove_tree
+from batch_app.registry import ModelRegistry
+from batch_app.runner import Runner
+from batch_app.store import Store, WorkerRow
+from batch_app.wakeup import WakeupFile
+
+logger = logging.getLogger(__name__)
+
+LINE = "=" * 80
+EXIT_AT_ONCE = 130
+LONGEST_PAUSE_S = 60.0
+
+
+class Worker:
+    """One worker process's work. `stop` may be set from any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stop: threading.Event,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self.id = new_id("worker")
+        self._settings = settings
+        self._stop = stop
+        self._clock = clock
+        self._data = DataDir(settings.data_dir)
+        self._data.create()
+        self._store = Store(settings.resolved_database_url)
+        self._store.migrate()
+        ModelRegistry.load(settings.models)  # a registry that can't be read is said at the start
+        self._slot = EngineSlot(settings, self._data.engine_log_dir / "engine.log", stop.is_set)
+        self._runner = Runner(
+            store=self._store,
+            data=self._data,
+            settings=settings,
+            slot=self._slot,
+            benchmarks=BenchmarkFolder(settings.benchmarks_dir),
+            stop=stop,
+        )
+        self._wakeup = WakeupFile(self._data.wakeup_file)
+        self._started_at = clock()
+        self._batch_id: str | None = None
+        self._pause_s = 0.0
+
+    def run(self) -> None:
+        """Work until `stop` is set."""
+        heart = threading.Thread(target=self._beat, name="heart", daemon=True)
+        heart.start()
+        try:
+            self._sweep_work_dirs()
+            idle_since = time.monotonic()
+            while not self._stop.is_set():
+                batch = self._claim()
+                if batch is not None:
+                    self._work_on(batch)
+                    idle_since = time.monotonic()
+                    if self._pause_s:
+                        self._stop.wait(self._pause_s)
+                    continue
+                idle_s = time.monotonic() - idle_since
+                if self._settings.idle_unload_s and idle_s > self._settings.idle_unload_s:
+                    self._slot.unload()
+                self._wakeup.wait(self._settings.poll_interval_s, self._stop)
+        finally:
+            self._slot.unload()
+            self._stop.set()
+            heart.join()
+            self._leave()
+
+    # -- the queue -----------------------------------------------------------------------------
+
+    def _claim(self) -> Batch | None:
+        try:
+            self._release_dead_workers()
+            return self._store.claim_next(self.id, self._settings.lease_s, self._clock())
+        except (StoreUnavailable, StorageFull) as error:
+            logger.warning("Can't look at the queue: %s", error.message)
+            return None
+
+    def _release_dead_workers(self) -> None:
+        """A worker of this machine whose process is gone can't object: its batches are free now,
+        not when their leases run out."""
+        for worker in self._store.list_workers():
+            if worker.host != host_identity() or worker.id == self.id or _is_alive(worker):
+                continue
+            num_batches = self._store.release_dead(worker.id)
+            self._store.forget_worker(worker.id)
+            if num_batches:
+                logger.warning("Worker %s is gone; its batch goes on here.", worker.id)
+
+    def _work_on(self, batch: Batch) -> None:
+        _say(f"▶ {batch.id}: {batch.total:,} requests, model {batch.model}")
+        self._batch_id = batch.id
+        batch_log = BatchLog(self._data.log_file(batch.id))
+        try:
+            self._runner.run(batch)
+            self._pause_s = 0.0
+            _say(f"■ {batch.id}: {self._status(batch)}")
+        except LeaseLost as error:
+            _say(f"■ {batch.id}: {error.message}")
+            batch_log.write(f"Worker {self.id} lost this batch to another one.")
+        except (StorageFull, ResultsLogError, StoreUnavailable, OSError) as error:
+            self._pause_s = min(max(1.0, 2 * self._pause_s), LONGEST_PAUSE_S)
+            self._try_again_later(batch, batch_log, error)
+        except Exception as error:
+            # A defect of ours must not stop the queue. The batch fails, with its results so far.
+            logger.exception("Batch %s failed on an internal error.", batch.id)
+            batch_log.write(f"Failed on an internal error ({type(error).__name__}).")
+            self._fail(batch, f"Internal error: {type(error).__name__}. See the worker's output.")
+        finally:
+            self._batch_id = None
+
+    def _try_again_later(self, batch: Batch, batch_log: BatchLog, error: Exception) -> None:
+        reason = error.message if isinstance(error, BatchAppError) else str(error)
+        _say(f"■ {batch.id}: paused: {reason}")
+        try:
+            batch_log.write(f"Paused for {self._pause_s:.0f} s: {reason}")
+        except OSError:
+            logger.warning("The log of %s can't be written either.", batch.id)
+        try:
+            self._store.release(batch)
+        except (BatchAppError, OSError):
+            logger.warning("%s will be free when its lease has run out.", batch.id)
+
+    def _fail(self, batch: Batch, message: str) -> None:
+        try:
+            self._store.transition(batch, BatchStatus.FAILED, self._clock(), error_message=message)
+        except BatchAppError as error:
+            logger.warning("Can't mark %s as failed: %s", batch.id, error.message)
+
+    def _status(self, batch: Batch) -> str:
+        try:
+            now = self._store.get_batch(batch.id)
+        except (NotFound, StoreUnavailable):
+            return "done"
+        return f"{now.status.value}, {now.progress.done:,} of {now.total:,} done"
+
+    def _sweep_work_dirs(self) -> None:
+        """Remove the work folders of batches that ended while nobody was left to clean up."""
+        for folder in (self._data.batches / "work").iterdir():
+            try:
+                if self._store.get_batch(folder.name).is_terminal:
+                    remove_tree(folder)
+            except NotFound:
+                continue  # an upload on its way
+            except StoreUnavailable:
+                return
+
+    # -- signs of life -------------------------------------------------------------------------
+
+    def _beat(self) -> None:
+        while True:
+            try:
+                self._store.report_worker(self._row())
+            except (StoreUnavailable, StorageFull) as error:
+                logger.warning("Can't report to the store: %s", error.message)
+            if self._stop.wait(self._settings.heartbeat_s):
+                return
+
+    def _row(self) -> WorkerRow:
+        batch_id = self._batch_id
+        return WorkerRow(
+            id=self.id,
+            host=host_identity(),
+            pid=os.getpid(),
+            process_started_at=psutil.Process().create_time(),
+            started_at=self._started_at,
+            heartbeat_at=self._clock(),
+            state="working" if batch_id else "idle",
+            model=self._slot.model,
+            batch_id=batch_id,
+        )
+
+    def _leave(self) -> None:
+        try:
+            self._store.forget_worker(self.id)
+        except BatchAppError as error:
+            logger.warning("Can't sign off: %s", error.message)
+        self._store.close()
+
+
+def host_identity() -> str:
+    """This machine since its last start, and this container of it: where process ids mean
+    something."""
+    parts = [platform.node()]
+    for path in ("/proc/sys/kernel/random/boot_id",):
+        try:
+            parts.append(Path(path).read_text(encoding="ascii").strip())
+        except OSError:
+            parts.append("")
+    try:
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    except OSError:
+        parts.append("")
+    return "/".join(parts)
+
+
+def _is_alive(worker: WorkerRow) -> bool:
+    try:
+        process = psutil.Process(worker.pid)
+        same = abs(process.create_time() - worker.process_started_at) < 1.0
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _say(message: str) -> None:
+    sys.stdout.write(f"{datetime.now().astimezone():%H:%M:%S} {message}\n")
+    sys.stdout.flush()
+
+
+def _print_banner(settings: Settings) -> None:
+    lines = [
+        LINE,
+        "🚀 BATCH WORKER STARTED",
+        LINE,
+        f"Poll interval: {settings.poll_interval_s:g}s",
+        "Waiting for jobs...",
+        LINE,
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def run_worker(settings: Settings) -> int:
+    """Run a worker in this process until a signal ends it. Returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(EXIT_AT_ONCE)  # the engine process ends itself when its channel closes
+        _say("Stopping: finishing what is in flight. Once more to stop at once.")
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    worker = Worker(settings, stop=stop)
+    _print_banner(settings)
+    worker.run()
+    _say("Stopped.")
+    return 0
+
+
+def main(settings: Settings | None = None) -> int:
+    """The process: prints the banner, works, and returns its exit code."""
+    try:
+        return run_worker(settings or load_settings())
+    except BatchAppError as error:
+        sys.stderr.write(f"error: {error.message}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
