@@ -60,6 +60,17 @@ class Settings(BaseSettings):
     # API server
     host: str = Field("127.0.0.1", description="Address the API server listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port of the API server; 0 picks one.")
+    no_auth: bool = Field(
+        False,
+        description="Listen on an address that others can reach although no API keys exist: "
+        "anyone who reaches it may then use the GPU and read all results.",
+    )
+    min_free_bytes: int = Field(
+        256 * MIB,
+        ge=0,
+        description="With less room than this on the data folder's disk, in bytes, the server "
+        "refuses uploads and calls itself not ready. Default 256 MiB; 0: never.",
+    )
     max_upload_bytes: int = Field(
         20 * GIB, gt=0, description="Largest accepted upload, in bytes. Default 20 GiB."
     )

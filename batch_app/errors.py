@@ -4,7 +4,8 @@
     ├── ConfigError                a setting or the model registry cannot be used
     ├── BadRequest                 what the caller sent cannot be accepted          400
     │   ├── BadLines               … because of these lines of the input file       400
-    │   └── TooLarge               … because it exceeds a limit                      413
+    │   ├── TooLarge               … because it exceeds a limit                      413
+    │   └── UnsupportedMedia       … because of its content type or encoding         415
     ├── NotFound                   no such batch or file                            404
     │   └── ModelNotFound          the model is not in the registry                 404
     ├── Conflict                   it exists, but its state forbids this            409
@@ -68,6 +69,13 @@ class TooLarge(BadRequest):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, code="file_too_large", param=param)
+
+
+class UnsupportedMedia(BadRequest):
+    """The content type, or the content's encoding, is not one that is taken here."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="unsupported_media_type")
 
 
 class NotFound(BatchAppError):

@@ -152,6 +152,28 @@ class Store:
             ).all()
         return [_to_batch(row) for row in rows]
 
+    def work_ahead(self, batch: Batch) -> dict[str, int]:
+        """Requests that are still to run before this batch's own, by model.
+
+        Like `batches_ahead`, in one row a model, however long the queue is.
+        """
+        active = [BatchStatus.QUEUED, *LEASED]
+        remaining = func.sum(batches.c.total - batches.c.completed - batches.c.failed)
+        seq = select(batches.c.seq).where(batches.c.id == batch.id).scalar_subquery()
+        with self._read() as connection:
+            rows = connection.execute(
+                select(batches.c.model, remaining)
+                .where(batches.c.status.in_([status.value for status in active]))
+                .where(batches.c.seq < seq)
+                .group_by(batches.c.model)
+            ).all()
+        return {model: max(int(requests), 0) for model, requests in rows}
+
+    def ping(self) -> None:
+        """Ask the database for a sign of life."""
+        with self._read() as connection:
+            connection.execute(select(workers.c.id).limit(1)).first()
+
     def cancel_queued(self, batch_id: str, now: datetime) -> Batch:
         """Cancel a batch that no worker has begun.
 

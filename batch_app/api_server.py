@@ -1,0 +1,207 @@
+"""The API server: takes batches, tells how far they are, hands out results. Runs no model.
+
+`python -m batch_app.api_server [--host H] [--port P] …` or `vllm-batch serve`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import errno
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvicorn.config
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+
+from batch_app import __version__
+from batch_app.config import Settings, load_settings
+from batch_app.errors import BatchAppError, ConfigError
+from batch_app.routes import errors, native, ops
+from batch_app.routes.middleware import LoopbackHosts, RequestIds, is_loopback
+from batch_app.routes.services import Services
+
+#: Seconds that answers under way get at shutdown. Uploads cut off here leave nothing behind.
+SHUTDOWN_S = 8
+#: How long a thread may hold the interpreter while others wait. The default of 5 ms would make a
+#: status call, which waits for it several times, as slow as the check of an upload beside it.
+SWITCH_INTERVAL_S = 0.0005
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The app, with its folders made and its database brought up to date.
+
+    Raises ConfigError, StoreUnavailable, StorageFull, or OSError where a folder can't be made.
+    """
+    services = Services.open(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        _announce(services)
+        yield
+        services.store.close()
+
+    app: FastAPI = FastAPIOffline(
+        title="vLLM Batch Server",
+        version=__version__,
+        summary="Large batches of LLM requests on your own GPU.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.services = services
+    app.include_router(native.router)
+    app.include_router(ops.router)
+    errors.install(app)
+    # The last one added is the first one asked.
+    if is_loopback(settings.host):
+        app.add_middleware(LoopbackHosts)
+    app.add_middleware(RequestIds)
+    _describe_refusals(app)
+    return app
+
+
+def _describe_refusals(app: FastAPI) -> None:
+    """Have /openapi.json say what is true: a bad parameter is a 400 in our shape, never a 422."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = generate()
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _announce(services: Services) -> None:
+    url = re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", services.settings.resolved_database_url)
+    _say(f"✅ Database initialized at {url}")
+    for model in dict.fromkeys(record.model for record in services.benchmarks.all()):
+        _say(f"✅ Loaded benchmark for {model}")
+    if services.settings.no_auth and not is_loopback(services.settings.host):
+        _say("⚠️  No API keys (--no-auth): whoever reaches this address may use this server.")
+    _say("✅ Batch API Server started")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, services: Services) -> None:
+        super().__init__(config)
+        self._services = services
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            uvicorn.config.logger.info("Uvicorn running on http://%s:%d", shown, port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._services.stopping.set()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings) -> int:
+    """Run the server until a signal ends it. Returns the process's exit code."""
+    try:
+        _check_address(settings)
+        listener = _listen(settings.host, settings.port)
+        app = create_app(settings)
+    except BatchAppError as error:
+        return _fail(error.message)
+    except OSError as error:
+        return _fail(f"The data folder can't be used: {error}")
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    config = uvicorn.Config(
+        app,
+        log_config=_log_config(),
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        server_header=False,
+        ws="none",
+    )
+    # uvicorn raises the signal again once it is done; without these it would be our end.
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sig, lambda *_: None)
+    _Server(config, app.state.services).run(sockets=[listener])
+    return 0
+
+
+def _check_address(settings: Settings) -> None:
+    if not is_loopback(settings.host) and not settings.no_auth:
+        raise ConfigError(
+            f"Listening on {settings.host} would let anyone who reaches it use this server, and "
+            "there are no API keys. Listen on 127.0.0.1 (the default), or say --no-auth if the "
+            "network is yours alone."
+        )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises ConfigError with what to do where the address can't be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} on {host} is in use already. End what listens there "
+                f"(lsof -i :{port} names it), or choose another with --port."
+            ) from None
+        raise ConfigError(f"Can't listen on {host} port {port}: {error.strerror}.") from None
+    return listener
+
+
+def _log_config() -> dict[str, Any]:
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["loggers"]["batch_app"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"❌ {message}\n")
+    return 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m batch_app.api_server", description="The batch API server."
+    )
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8080)")
+    parser.add_argument("--data-dir", type=Path, help="folder of uploads, results and database")
+    parser.add_argument("--models", type=Path, help="the model registry (default models.toml)")
+    parser.add_argument("--database-url", help="SQLAlchemy URL; default SQLite in the data folder")
+    parser.add_argument(
+        "--no-auth", action="store_true", default=None, help="allow others in without API keys"
+    )
+    flags = vars(parser.parse_args(arguments))
+    try:
+        settings = load_settings(**flags)
+    except ConfigError as error:
+        return _fail(error.message)
+    return serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Estimates: how long a batch will take, going by a benchmark. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from batch_app.benchmarks import BenchmarkRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A prediction, and the benchmark it rests on.
+
+    `duration_s` is the batch's own time, model loading included; `completion_at` also counts what
+    runs before it.
+    """
+
+    duration_s: float
+    completion_at: datetime
+    throughput_tokens_per_s: float
+    throughput_requests_per_s: float
+    based_on_benchmark: str
+
+
+def run_time_s(num_requests: int, record: BenchmarkRecord, *, loads_model: bool = True) -> float:
+    """Seconds for this many requests: load time + requests / throughput."""
+    results = record.results
+    load_s = results.model_load_time_s if loads_model else 0.0
+    return load_s + num_requests / results.throughput_requests_per_s
+
+
+def estimate(
+    num_requests: int,
+    record: BenchmarkRecord | None,
+    now: datetime,
+    *,
+    ahead_s: float = 0.0,
+    loads_model: bool = True,
+) -> Estimate | None:
+    """When these requests will be done; None without a benchmark to go by.
+
+    Args:
+        record: a record with a throughput above 0, as `BenchmarkFolder.latest` gives it.
+        ahead_s: seconds of work that the queue holds before this batch.
+        loads_model: False where the model is loaded already.
+    """
+    if record is None or record.results.throughput_requests_per_s <= 0:
+        return None
+    duration_s = run_time_s(num_requests, record, loads_model=loads_model)
+    try:
+        completion_at = now + timedelta(seconds=ahead_s + duration_s)
+    except OverflowError:  # a benchmark so slow that the calendar ends
+        return None
+    return Estimate(
+        duration_s=duration_s,
+        completion_at=completion_at,
+        throughput_tokens_per_s=record.results.throughput_tokens_per_s,
+        throughput_requests_per_s=record.results.throughput_requests_per_s,
+        based_on_benchmark=record.test_id,
+    )

@@ -1,0 +1,119 @@
+"""What the handlers share: the open store, the folders, the registry, the benchmarks, the clock."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from threading import Event
+
+from anyio import CapacityLimiter
+from starlette.requests import Request
+
+from batch_app.benchmarks import BenchmarkFolder
+from batch_app.config import Settings
+from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.errors import NotFound
+from batch_app.estimates import Estimate, estimate, run_time_s
+from batch_app.files import DataDir
+from batch_app.registry import ModelRegistry
+from batch_app.store import Store
+from batch_app.uploads import MAX_BUSY_UPLOADS, UploadServices
+
+_BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
+_WAITING = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
+
+
+@dataclass(frozen=True)
+class Services:
+    """One per app. `stopping` is set when the server has been asked to end."""
+
+    settings: Settings
+    data: DataDir
+    store: Store
+    registry: ModelRegistry
+    benchmarks: BenchmarkFolder
+    clock: Callable[[], datetime] = utc_now
+    stopping: Event = field(default_factory=Event)
+    upload_limiter: CapacityLimiter = field(
+        default_factory=lambda: CapacityLimiter(MAX_BUSY_UPLOADS)
+    )
+
+    @classmethod
+    def open(cls, settings: Settings) -> Services:
+        """Make the folders and the tables, sweep what interrupted uploads left, load the rest.
+
+        Raises ConfigError, StoreUnavailable, StorageFull or OSError.
+        """
+        registry = ModelRegistry.load(settings.models)
+        data = DataDir(settings.data_dir)
+        data.create()
+        data.sweep_incoming()
+        store = Store(settings.resolved_database_url)
+        store.migrate()
+        benchmarks = BenchmarkFolder(settings.benchmarks_dir)
+        benchmarks.all()
+        return cls(settings, data, store, registry, benchmarks)
+
+    @property
+    def for_uploads(self) -> UploadServices:
+        return UploadServices(
+            self.settings, self.data, self.store, self.registry, self.upload_limiter, self.clock
+        )
+
+    # -- estimates -----------------------------------------------------------------------------
+
+    def estimate(self, batch: Batch) -> Estimate | None:
+        """What a batch has still before it; None for a finished one, or without a benchmark.
+
+        One more look at the store for a waiting batch; blocks.
+        """
+        record = None if batch.is_terminal else self.benchmarks.latest(batch.model)
+        if record is None:
+            return None
+        if batch.status in _WAITING:
+            ahead = self.store.work_ahead(batch)
+            return estimate(batch.total, record, self.clock(), ahead_s=self._wait_s(ahead))
+        remaining = max(batch.total - batch.progress.done, 0)
+        return estimate(remaining, record, self.clock(), loads_model=batch.progress.done == 0)
+
+    def estimates(self, page: Iterable[Batch]) -> list[Estimate | None]:
+        """The same for a page of the list, newest first, with one look at the store for all."""
+        results: list[Estimate | None] = []
+        ahead: dict[str, int] | None = None
+        for batch in reversed(list(page)):
+            if batch.status not in _WAITING:
+                results.append(self.estimate(batch))
+                continue
+            if ahead is None:
+                ahead = self.store.work_ahead(batch)
+            results.append(
+                estimate(
+                    batch.total,
+                    self.benchmarks.latest(batch.model),
+                    self.clock(),
+                    ahead_s=self._wait_s(ahead),
+                )
+            )
+            ahead[batch.model] = ahead.get(batch.model, 0) + batch.total
+        return results[::-1]
+
+    def _wait_s(self, ahead: dict[str, int]) -> float:
+        """Seconds for this work; that of models without a benchmark can't be told, and isn't."""
+        records = ((self.benchmarks.latest(model), requests) for model, requests in ahead.items())
+        return sum(run_time_s(requests, record) for record, requests in records if record)
+
+
+def services(request: Request) -> Services:
+    """The app's services, for a handler."""
+    found = request.app.state.services
+    assert isinstance(found, Services)
+    return found
+
+
+def checked_batch_id(batch_id: str) -> str:
+    """The id, if it looks like one the server made: nothing else ever reaches a path or a query."""
+    if not _BATCH_ID.fullmatch(batch_id):
+        raise NotFound(f"No such batch: {batch_id[:64]!r}", param="batch_id")
+    return batch_id

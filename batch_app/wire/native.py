@@ -1,0 +1,197 @@
+"""The native dialect: the JSON of the usage guide, made from what the core knows.
+
+The pydantic models here are the shapes, for the answers and for /openapi.json alike. Every field
+of a batch is always sent, null where it is unset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+
+from pydantic import BaseModel, ConfigDict
+
+from batch_app.benchmarks import BenchmarkRecord
+from batch_app.core import Batch, BatchStatus
+from batch_app.estimates import Estimate
+from batch_app.registry import ModelEntry
+
+#: How the native dialect calls each state.
+STATUS_NAMES: Mapping[BatchStatus, str] = {
+    BatchStatus.VALIDATING: "pending",
+    BatchStatus.QUEUED: "pending",
+    BatchStatus.RUNNING: "running",
+    BatchStatus.FINALIZING: "running",
+    BatchStatus.CANCELLING: "running",
+    BatchStatus.COMPLETED: "completed",
+    BatchStatus.FAILED: "failed",
+    BatchStatus.EXPIRED: "expired",
+    BatchStatus.CANCELLED: "cancelled",
+}
+
+#: The other way round, in the order a batch passes through them.
+STATUSES: Mapping[str, tuple[BatchStatus, ...]] = {
+    name: tuple(status for status, other in STATUS_NAMES.items() if other == name)
+    for name in dict.fromkeys(STATUS_NAMES.values())
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(protected_namespaces=(), frozen=True)
+
+
+class ProgressBody(_Body):
+    total: int
+    completed: int
+    failed: int
+    percent: float
+
+
+class EstimateBody(_Body):
+    estimated_seconds: int
+    estimated_hours: float
+    estimated_completion: str
+    throughput_tokens_per_sec: int
+    throughput_requests_per_sec: float
+    based_on_benchmark: str
+
+
+class BatchBody(_Body):
+    """A batch. Times are UTC without a zone, as the guide prints them."""
+
+    batch_id: str
+    model: str
+    status: str
+    progress: ProgressBody
+    created_at: str
+    started_at: str | None
+    completed_at: str | None
+    throughput_tokens_per_sec: int | None
+    total_tokens: int | None
+    error_message: str | None
+    results_url: str | None
+    estimate: EstimateBody | None
+
+
+class BatchListBody(_Body):
+    """A page of batches, newest first. `has_more`: ask again with `after=<last batch_id>`."""
+
+    batches: list[BatchBody]
+    count: int
+    has_more: bool
+
+
+class ModelBody(_Body):
+    """A model of the registry. The figures are null until a first benchmark of it exists."""
+
+    model: str
+    platform: str
+    throughput_tokens_per_sec: int | None
+    throughput_requests_per_sec: float | None
+    max_model_len: int | None
+    gpu_memory_utilization: float | None
+    last_benchmark: str | None
+    success_rate: float | None
+
+
+class ModelListBody(_Body):
+    models: list[ModelBody]
+    count: int
+
+
+def percent(done: int, total: int) -> float:
+    """One decimal, rounded down, so that 100.0 means that all are done."""
+    if total <= 0:
+        return 0.0
+    return min(math.floor(1000 * done / total) / 10, 100.0 if done >= total else 99.9)
+
+
+def local_time(moment: datetime | None) -> str | None:
+    """`2025-10-28T10:00:00.000000`: UTC, without a zone."""
+    if moment is None:
+        return None
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")
+
+
+def zulu_time(moment: datetime) -> str:
+    """`2025-10-28T10:01:13Z`."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def results_url(batch: Batch) -> str | None:
+    """Where a finished batch's results are; None while it runs, or when it has none."""
+    if not batch.is_terminal or batch.progress.done == 0:
+        return None
+    return f"/v1/batches/{batch.id}/results"
+
+
+def estimate_body(estimate: Estimate | None) -> EstimateBody | None:
+    if estimate is None:
+        return None
+    return EstimateBody(
+        estimated_seconds=round(estimate.duration_s),
+        estimated_hours=round(estimate.duration_s / 3600, 2),
+        estimated_completion=zulu_time(estimate.completion_at),
+        throughput_tokens_per_sec=round(estimate.throughput_tokens_per_s),
+        throughput_requests_per_sec=round(estimate.throughput_requests_per_s, 2),
+        based_on_benchmark=estimate.based_on_benchmark,
+    )
+
+
+def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
+    ended_at = batch.completed_at or batch.failed_at or batch.expired_at or batch.cancelled_at
+    total_tokens = batch.progress.tokens.total_tokens
+    throughput = batch.throughput_tokens_per_s
+    return BatchBody(
+        batch_id=batch.id,
+        model=batch.model,
+        status=STATUS_NAMES[batch.status],
+        progress=ProgressBody(
+            total=batch.total,
+            completed=batch.progress.completed,
+            failed=batch.progress.failed,
+            percent=percent(batch.progress.done, batch.total),
+        ),
+        created_at=local_time(batch.created_at) or "",
+        started_at=local_time(batch.started_at),
+        completed_at=local_time(ended_at),
+        throughput_tokens_per_sec=None if throughput is None else round(throughput),
+        total_tokens=total_tokens if batch.progress.done else None,
+        error_message=batch.error_message,
+        results_url=results_url(batch),
+        estimate=estimate_body(estimate),
+    )
+
+
+def batch_list_body(batches: Sequence[BatchBody], has_more: bool) -> BatchListBody:
+    return BatchListBody(batches=list(batches), count=len(batches), has_more=has_more)
+
+
+def model_body(entry: ModelEntry, record: BenchmarkRecord | None) -> ModelBody:
+    if record is None:
+        utilization = entry.engine_args.get("gpu_memory_utilization")
+        return ModelBody(
+            model=entry.name,
+            platform=f"{entry.engine}-native",
+            throughput_tokens_per_sec=None,
+            throughput_requests_per_sec=None,
+            max_model_len=entry.max_model_len,
+            gpu_memory_utilization=utilization if isinstance(utilization, float) else None,
+            last_benchmark=None,
+            success_rate=None,
+        )
+    return ModelBody(
+        model=entry.name,
+        platform=record.platform,
+        throughput_tokens_per_sec=round(record.results.throughput_tokens_per_s),
+        throughput_requests_per_sec=round(record.results.throughput_requests_per_s, 2),
+        max_model_len=record.config.max_model_len or entry.max_model_len,
+        gpu_memory_utilization=record.config.gpu_memory_utilization,
+        last_benchmark=zulu_time(record.timestamp),
+        success_rate=record.results.success_rate,
+    )
+
+
+def model_list_body(models: Sequence[ModelBody]) -> ModelListBody:
+    return ModelListBody(models=list(models), count=len(models))
