@@ -122,7 +122,7 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Run the server until a signal ends it. Returns the process's exit code."""
     try:
-        _check_address(settings)
+        check_address(settings)
         listener = _listen(settings.host, settings.port)
         app = create_app(settings)
     except BatchAppError as error:
@@ -144,7 +144,8 @@ def serve(settings: Settings) -> int:
     return 0
 
 
-def _check_address(settings: Settings) -> None:
+def check_address(settings: Settings) -> None:
+    """Raises ConfigError where the address would let in others although there are no keys."""
     if not is_loopback(settings.host) and not settings.no_auth:
         raise ConfigError(
             f"Listening on {settings.host} would let anyone who reaches it use this server, and "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from fastapi import APIRouter, Query, Request
@@ -209,27 +211,44 @@ def get_results(
     """The results: all of them when the batch has finished, else those so far."""
     own, batch = _batch(request, batch_id)
     wanted = _result_filter(status)
-    headers = {"x-results-complete": "true" if batch.is_terminal else "false"}
     filename = f"{batch.id}_results.jsonl"
-    if batch.is_terminal:
-        path = own.data.results_file(batch)
-        if not path.is_file():
-            raise NotFound(
-                f"Batch {batch.id} has no results: it is {STATUS_NAMES[batch.status]}"
-                f"{f' ({batch.error_message})' if batch.error_message else ''}."
-            )
-        if wanted is None:
-            return FileResponse(path, headers=headers, media_type=JSONL, filename=filename)
-        lines = lines_of_file(path)
-    else:
-        if batch.started_at is None:
-            raise Conflict(
-                f"Batch {batch.id} is pending: no request has run yet, so there are no results.",
-                code="no_results_yet",
-            )
-        lines = iter_results(own.data.work_dir(batch.id))
-    headers["content-disposition"] = f'attachment; filename="{filename}"'
-    return StreamingResponse(in_blocks(selected(lines, wanted)), headers=headers, media_type=JSONL)
+    headers = {"content-disposition": f'attachment; filename="{filename}"'}
+    if not batch.is_terminal:
+        lines = _results_so_far(own, batch)
+        if lines is not None:
+            headers["x-results-complete"] = "false"
+            content = in_blocks(selected(lines, wanted))
+            return StreamingResponse(content, headers=headers, media_type=JSONL)
+        batch = own.store.get_batch(batch.id)
+    path = own.data.results_file(batch)
+    if not path.is_file():
+        raise NotFound(
+            f"Batch {batch.id} has no results: it is {STATUS_NAMES[batch.status]}"
+            f"{f' ({batch.error_message})' if batch.error_message else ''}."
+        )
+    headers["x-results-complete"] = "true"
+    if wanted is None:
+        return FileResponse(path, headers=headers, media_type=JSONL)
+    content = in_blocks(selected(lines_of_file(path), wanted))
+    return StreamingResponse(content, headers=headers, media_type=JSONL)
+
+
+def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
+    """The lines of a batch that runs; None where it has just been published and has moved."""
+    if batch.started_at is None:
+        raise Conflict(
+            f"Batch {batch.id} is pending: no request has run yet, so there are no results.",
+            code="no_results_yet",
+        )
+    work_dir = own.data.work_dir(batch.id)
+    lines = iter_results(work_dir)
+    try:
+        first = next(lines, None)  # the files are open from here on
+    except FileNotFoundError:
+        return None
+    if first is None:
+        return iter(()) if work_dir.is_dir() else None
+    return chain([first], lines)
 
 
 def _result_filter(status: str | None) -> ResultFilter | None:
