@@ -1,0 +1,236 @@
+"""The worker as a process: what it does with a batch, whatever happens to it meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+from support.site import Site, assert_answers_echo, echo_line, engine_pid
+from support.waiting import wait_for
+
+from batch_app.benchmarks import BenchmarkFolder
+from batch_app.core import BatchStatus, utc_now
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path, lease_s=2.0, heartbeat_s=0.3, drain_s=5.0, engine_hang_s=3.0)
+    yield site
+    site.close()
+
+
+def test_a_batch_runs_to_its_end(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1000)), "sim")
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert (batch.progress.completed, batch.progress.failed) == (1000, 0)
+    assert batch.progress.tokens.prompt_tokens == 3000
+    assert batch.started_at
+    assert batch.completed_at
+    assert_answers_echo(site.results(batch_id), 1000)
+    assert batch.output_file_id
+    assert site.data.output_file(batch.output_file_id).read_bytes() == (
+        site.data.results_file(batch).read_bytes()
+    )
+    wait_for(lambda: not site.data.work_dir(batch_id).exists(), what="the work folder is gone")
+    log = site.log(batch_id)
+    for said in ("Claimed", "loaded in", "Completed: 1,000 succeeded, 0 failed"):
+        assert said in log
+    assert "say number" not in log
+
+
+def test_a_finished_batch_leaves_a_benchmark(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(200)), "slow")
+    site.start_worker()
+    site.wait_until_done(batch_id)
+    folder = BenchmarkFolder(site.settings.benchmarks_dir)
+    record = wait_for(lambda: folder.latest("slow"), what="a benchmark")
+    assert record is not None
+    assert record.results.success_count == 200
+    assert record.results.completion_tokens == 600
+    # 16 at a time, three steps of 20 ms each: no faster than 267 a second.
+    assert 50 < record.results.throughput_requests_per_s < 267
+
+
+def test_batches_run_first_in_first_out(site: Site) -> None:
+    ids = [site.submit((echo_line(n) for n in range(20)), "sim") for _ in range(4)]
+    site.start_worker()
+    done = [site.wait_until_done(batch_id) for batch_id in ids]
+    finished = [batch.completed_at for batch in done if batch.completed_at]
+    assert len(finished) == len(ids)
+    assert finished == sorted(finished)
+
+
+def test_failed_requests_stand_alone_and_in_their_place(site: Site) -> None:
+    lines = [echo_line(n) for n in range(30)]
+    too_long = "word " * 20
+    lines[7]["body"]["messages"][0]["content"] = too_long
+    batch_id = site.submit(lines, "tiny-context")
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert (batch.progress.completed, batch.progress.failed) == (29, 1)
+    results = site.results(batch_id)
+    assert [line["custom_id"] for line in results] == [f"r{n}" for n in range(30)]
+    assert results[7]["response"]["status_code"] == 400
+    assert "context length" in results[7]["response"]["body"]["error"]["message"]
+    assert batch.output_file_id
+    assert batch.error_file_id
+    errors = site.data.output_file(batch.error_file_id).read_bytes().splitlines()
+    assert [orjson.loads(line)["custom_id"] for line in errors] == ["r7"]
+    output = site.data.output_file(batch.output_file_id).read_bytes().splitlines()
+    assert len(output) == 29
+    log = site.log(batch_id)
+    assert "Request r7 failed: status 400, BadRequestError" in log
+    assert "word word" not in log
+
+
+def test_a_model_that_does_not_load_fails_its_batch_and_not_the_queue(site: Site) -> None:
+    bad = site.submit([echo_line(0)], "unloadable")
+    good = site.submit([echo_line(0)], "sim")
+    site.start_worker()
+    assert site.wait_until_done(good).status is BatchStatus.COMPLETED
+    batch = site.batch(bad)
+    assert batch.status is BatchStatus.FAILED
+    assert batch.error_message == "No such weights."
+    assert [line["error"]["code"] for line in site.results(bad)] == ["batch_failed"]
+
+
+@pytest.mark.parametrize("num_kills", [1, 3])
+def test_a_killed_engine_costs_nothing_but_time(site: Site, num_kills: int) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    worker = site.start_worker()
+    last = 0
+    for kill in range(num_kills):
+        site.wait_for_progress(batch_id, 200 * (kill + 1))
+        pid = engine_pid(worker.pid)
+        assert pid != last
+        os.kill(pid, signal.SIGKILL)
+        last = pid
+        wait_for(lambda kill=kill: site.log(batch_id).count("Starting the engine again") > kill)
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 1500)
+
+
+def test_an_engine_that_keeps_dying_is_started_again_as_long_as_it_gets_further(
+    site: Site,
+) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1000)), "mortal")
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 1000)
+    assert site.log(batch_id).count("killed by SIGKILL") >= 3
+
+
+def test_a_hanging_engine_is_killed_and_started_again(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(60)), "hanging")
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 60)
+    assert "the engine was killed" in site.log(batch_id)
+    engine_log = (site.data.engine_log_dir / "engine.log").read_text()
+    assert "in collect" in engine_log  # the stacks of the hanging process
+
+
+def test_a_killed_worker_is_rescued_and_nothing_runs_twice(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    worker = site.start_worker()
+    before = site.wait_for_progress(batch_id, 300)
+    engine = engine_pid(worker.pid)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait(timeout=10)
+    wait_for(lambda: not _is_running(engine), what="the engine ends with its worker")
+    assert site.batch(batch_id).status is BatchStatus.RUNNING
+
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert batch.epoch == before.epoch + 1
+    assert_answers_echo(site.results(batch_id), 1500)
+    # Its log tells that what was done is done: no more than a commit's worth is computed again.
+    assert "Going on: " in site.log(batch_id)
+
+
+def test_a_stopped_worker_gives_its_batch_back(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    worker = site.start_worker()
+    site.wait_for_progress(batch_id, 100)
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(timeout=20) == 0
+    batch = site.batch(batch_id)
+    assert batch.status is BatchStatus.RUNNING
+    assert batch.lease_owner is None
+    assert "given back" in site.log(batch_id)
+    assert site.store.list_workers() == []
+
+    site.start_worker()
+    assert site.wait_until_done(batch_id).status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 1500)
+
+
+def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
+    batch_id = site.submit((echo_line(n, max_tokens=3) for n in range(20_000)), "slow")
+    worker = site.start_worker()
+    site.wait_for_progress(batch_id, 50)
+    os.kill(engine_pid(worker.pid), signal.SIGSTOP)  # so that nothing can drain
+    worker.send_signal(signal.SIGTERM)
+    wait_for(lambda: "Stopping" in site.worker_output())
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=10) != 0
+    assert site.batch(batch_id).progress.done >= 50
+
+
+def test_cancelling_keeps_the_results_so_far(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(5000)), "slow")
+    site.start_worker()
+    site.wait_for_progress(batch_id, 200)
+    site.store.request_cancel(batch_id, utc_now())
+    batch = site.wait_until_done(batch_id, timeout_s=10)
+    assert batch.status is BatchStatus.CANCELLED
+    assert batch.progress.completed >= 200
+    lines = site.results(batch_id)
+    assert [line["custom_id"] for line in lines] == [f"r{n}" for n in range(5000)]
+    answered = [line for line in lines if line["response"]]
+    assert len(answered) == batch.progress.completed
+    assert {line["error"]["code"] for line in lines if line["error"]} == {"batch_cancelled"}
+
+
+def test_a_worker_that_slept_past_its_lease_changes_nothing(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    sleeper = site.start_worker()
+    site.wait_for_progress(batch_id, 100)
+    os.kill(sleeper.pid, signal.SIGSTOP)
+    other = site.start_worker()
+    wait_for(lambda: site.batch(batch_id).epoch == 2, what="the other worker takes over")
+    site.wait_for_progress(batch_id, 400)
+    os.kill(sleeper.pid, signal.SIGCONT)
+    batch = site.wait_until_done(batch_id)
+    assert batch.epoch == 2
+    assert_answers_echo(site.results(batch_id), 1500)
+    wait_for(lambda: "lost this batch" in site.log(batch_id), what="the sleeper notices")
+    assert sleeper.poll() is None
+    assert other.poll() is None
+
+
+def test_a_lost_index_is_made_anew(site: Site) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(50)), "sim")
+    (site.data.work_dir(batch_id) / "index.bin").write_bytes(b"short")
+    site.start_worker()
+    assert site.wait_until_done(batch_id).status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 50)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What tests of several tiers share: a site to work on, and waiting with a deadline."""

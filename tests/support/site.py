@@ -1,0 +1,203 @@
+"""A site: a data folder, a registry, a store, and worker processes on them, without an API server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+from support.waiting import wait_for
+
+from batch_app.config import Settings, load_settings
+from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
+from batch_app.files import DataDir, new_id, wake_workers
+from batch_app.intake import IntakeRules, index_file
+from batch_app.registry import ModelRegistry
+from batch_app.store import Store
+
+REPO = Path(__file__).parents[2]
+
+#: What the simulated models of a site are called, and their engine arguments.
+SIM_MODELS: dict[str, dict[str, Any]] = {
+    "sim": {},
+    "slow": {"decode_step_s": 0.02, "max_num_seqs": 16},
+    "tiny-context": {"max_model_len": 5},
+    "unloadable": {"fail_load": "No such weights."},
+    "mortal": {"die_after": 300, "max_num_seqs": 16},
+    "hanging": {"hang_after": 30, "max_num_seqs": 8},
+}
+
+
+def registry_text() -> str:
+    """A registry with the simulated models and the demo model."""
+    parts = [f'[[model]]\nname = "demo"\nsource = "{REPO / "models" / "demo"}"\n']
+    parts.append("[model.engine_args]\nmax_model_len = 2048\nenforce_eager = true\n")
+    for name, args in SIM_MODELS.items():
+        parts.append(f'[[model]]\nname = "{name}"\nsource = "sim"\nengine = "sim"\n')
+        parts.append("[model.engine_args]\n")
+        parts += [f"{key} = {orjson.dumps(value).decode()}\n" for key, value in args.items()]
+    return "".join(parts)
+
+
+def echo_line(number: int, **body: Any) -> dict[str, Any]:
+    """A request whose answer by the simulated engine says which request it was."""
+    return {
+        "custom_id": f"r{number}",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": f"say number {number}"}], **body},
+    }
+
+
+class Site:
+    """Owns the worker processes it starts; `close` kills what is left of them."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        (root / "models.toml").write_text(registry_text())
+        self.settings: Settings = load_settings(
+            data_dir=root / "data",
+            models=root / "models.toml",
+            benchmarks_dir=root / "benchmarks",
+            **settings,
+        )
+        self.data = DataDir(self.settings.data_dir)
+        self.data.create()
+        self.store = Store(self.settings.resolved_database_url)
+        self.store.migrate()
+        self._root = root
+        self._given = settings
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def submit(self, lines: Iterable[dict[str, Any]], model: str) -> str:
+        """Queue a batch as the API server would. Returns its id."""
+        file_id, batch_id = new_id("file"), new_id("batch")
+        path = self.data.input_file(file_id)
+        with path.open("wb") as file:
+            for line in lines:
+                file.write(orjson.dumps(line) + b"\n")
+        folder = self.data.work_dir(batch_id)
+        folder.mkdir()
+        rules = IntakeRules(ModelRegistry.load(self.settings.models), model=model)
+        summary = index_file(path, folder, rules)
+        now = utc_now()
+        self.store.add_batch(
+            Batch(
+                id=batch_id,
+                dialect=Dialect.NATIVE,
+                status=BatchStatus.QUEUED,
+                endpoint=summary.endpoints[0],
+                model=model,
+                input_file_id=file_id,
+                created_at=now,
+                queued_at=now,
+                total=summary.num_requests,
+            ),
+            StoredFile(file_id, FilePurpose.BATCH, "input.jsonl", path.stat().st_size, now),
+        )
+        wake_workers(self.data)
+        return batch_id
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        """A worker process with this site's settings, in a process group of its own."""
+        environment = dict(os.environ)
+        for name, value in {
+            "data_dir": self.settings.data_dir,
+            "models": self.settings.models,
+            "benchmarks_dir": self.settings.benchmarks_dir,
+            **self._given,
+        }.items():
+            environment[f"VLLM_BATCH_{name.upper()}"] = str(value)
+        with (self._root / "worker.out").open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "batch_app.worker"],
+                cwd=self._root,
+                env=environment | {"PYTHONPATH": str(REPO)},
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def batch(self, batch_id: str) -> Batch:
+        return self.store.get_batch(batch_id)
+
+    def wait_until_done(self, batch_id: str, timeout_s: float = 60.0) -> Batch:
+        wait_for(
+            lambda: self.batch(batch_id).is_terminal,
+            timeout_s=timeout_s,
+            what=f"{batch_id} ends; its log:\n{self.log(batch_id)}\n{self.worker_output()}",
+        )
+        return self.batch(batch_id)
+
+    def wait_for_progress(self, batch_id: str, done: int, timeout_s: float = 60.0) -> Batch:
+        wait_for(
+            lambda: self.batch(batch_id).progress.done >= done,
+            timeout_s=timeout_s,
+            what=f"{done} results of {batch_id}",
+        )
+        return self.batch(batch_id)
+
+    def log(self, batch_id: str) -> str:
+        path = self.data.log_file(batch_id)
+        return path.read_text() if path.exists() else ""
+
+    def worker_output(self) -> str:
+        path = self._root / "worker.out"
+        return path.read_text() if path.exists() else ""
+
+    def results(self, batch_id: str) -> list[dict[str, Any]]:
+        """The published lines of a finished batch, all of them, in order."""
+        lines = self.data.results_file(self.batch(batch_id)).read_bytes().splitlines()
+        return [orjson.loads(line) for line in lines]
+
+    def close(self) -> None:
+        for process in self._processes:
+            kill_tree(process.pid)
+            process.wait(timeout=10)
+        self.store.close()
+
+
+def engine_pid(worker_pid: int, timeout_s: float = 30.0) -> int:
+    """The process id of a worker's engine process."""
+
+    def look() -> int | None:
+        for child in psutil.Process(worker_pid).children(recursive=True):
+            try:
+                if "batch_app.engine.child" in " ".join(child.cmdline()):
+                    return child.pid
+            except psutil.Error:
+                continue
+        return None
+
+    found = wait_for(look, timeout_s=timeout_s, what="an engine process")
+    assert found
+    return found
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it started."""
+    try:
+        processes = [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]
+    except psutil.NoSuchProcess:
+        return
+    for process in processes:
+        try:
+            process.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(processes, timeout=5)
+
+
+def assert_answers_echo(lines: list[dict[str, Any]], num_requests: int) -> None:
+    """Every request once, in input order, each with the answer to its own question."""
+    assert [line["custom_id"] for line in lines] == [f"r{n}" for n in range(num_requests)]
+    for number, line in enumerate(lines):
+        message = line["response"]["body"]["choices"][0]["message"]
+        assert message["content"] == f"say number {number}"

@@ -1,0 +1,23 @@
+"""Waiting with a deadline, the only way a test waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def wait_for(
+    look: Callable[[], T], *, timeout_s: float = 30.0, every_s: float = 0.02, what: str = ""
+) -> T:
+    """Look until the answer is true, and return it; fail the test when time runs out."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        answer = look()
+        if answer:
+            return answer
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s} s: {what or look}; last: {answer!r}")
+        time.sleep(every_s)
