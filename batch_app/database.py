@@ -3,14 +3,17 @@
 SQLite: one writer at a time, taken at the start of a transaction (`BEGIN IMMEDIATE`), because a
 read transaction that upgrades later fails at once instead of waiting. A write-ahead log is used
 where the library is free of the bug that can corrupt one when several connections write and
-checkpoint at once (fixed in SQLite 3.51.3, 3.50.7 and 3.44.6); elsewhere a rollback journal.
+checkpoint at once (fixed in SQLite 3.51.3, 3.50.7 and 3.44.6); elsewhere a rollback journal, under
+which a status call has to wait for the worker's commits. Python often comes with an older SQLite, so
+`pysqlite3`, which carries its own, goes first where it is installed.
 """
 
 from __future__ import annotations
 
-import sqlite3
+import importlib
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from alembic import command
@@ -149,6 +152,14 @@ def has_safe_wal(version: tuple[int, int, int]) -> bool:
     return version[:2] in {(3, 50), (3, 44)} and version[2] >= {50: 7, 44: 6}[version[1]]
 
 
+def sqlite_driver() -> ModuleType:
+    """The module to reach SQLite by: the one with the newer library."""
+    try:
+        return importlib.import_module("pysqlite3")
+    except ImportError:
+        return importlib.import_module("sqlite3")
+
+
 def connect(url: str) -> Engine:
     """A SQLAlchemy engine for this URL, with the project's rules for the database behind it.
 
@@ -159,8 +170,11 @@ def connect(url: str) -> Engine:
         return create_engine(url, pool_pre_ping=True)
     if parsed.database and parsed.database != ":memory:":
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=20)
-    journal = "WAL" if has_safe_wal(sqlite3.sqlite_version_info) else "TRUNCATE"
+    driver = sqlite_driver()
+    engine = create_engine(
+        url, module=driver, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=20
+    )
+    journal = "WAL" if has_safe_wal(driver.sqlite_version_info) else "TRUNCATE"
 
     @event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:
