@@ -1,0 +1,31 @@
+"""What holds for every test: no settings from outside, and the fixtures of all tiers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+pytest_plugins = ["integration.api_fixtures"]
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,  # machines of continuous integration stall now and then
+    derandomize=True,  # the same examples everywhere; a search for new ones is a run of its own
+    database=None,
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def scrubbed_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests reaches them."""
+    for name in list(os.environ):
+        if name.startswith("VLLM_BATCH_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_BATCH_CONFIG", str(tmp_path / "no-such-settings.toml"))

@@ -1,0 +1,200 @@
+"""The usage guide's calls and answers, field by field."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+
+import requests
+
+from batch_app.benchmarks import record_from_run
+from batch_app.core import BatchStatus, Progress, TokenCounts
+from integration.api_fixtures import GUIDE_MODEL, SEED_BENCHMARK, Api, input_file
+
+BATCH_FIELDS = [
+    "batch_id",
+    "model",
+    "status",
+    "progress",
+    "created_at",
+    "started_at",
+    "completed_at",
+    "throughput_tokens_per_sec",
+    "total_tokens",
+    "error_message",
+    "results_url",
+    "estimate",
+]
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
+
+
+def test_models(api: Api) -> None:
+    answer = api.get("/v1/models").json()
+
+    assert answer["count"] == len(answer["models"]) == 2
+    assert answer["models"][0] == {
+        "model": "google/gemma-3-4b-it",
+        "platform": "vllm-native",
+        "throughput_tokens_per_sec": 2511,
+        "throughput_requests_per_sec": 2.29,
+        "max_model_len": 4096,
+        "gpu_memory_utilization": 0.9,
+        "last_benchmark": "2025-10-28T08:40:32Z",
+        "success_rate": 100.0,
+    }
+    assert answer["models"][1]["model"] == "sim"
+    assert answer["models"][1]["throughput_tokens_per_sec"] is None
+
+
+def test_submission_with_requests(api: Api) -> None:
+    """As the guide's Python script sends it."""
+    answer = requests.post(
+        f"{api.url}/v1/batches",
+        files={"file": ("batch_100_real.jsonl", input_file(100))},
+        data={"model": GUIDE_MODEL},
+        timeout=30,
+    )
+
+    assert answer.status_code == 200
+    batch = answer.json()
+    assert list(batch) == BATCH_FIELDS
+    assert re.fullmatch(r"batch_[0-9a-f]{24}", batch["batch_id"])
+    assert batch["model"] == GUIDE_MODEL
+    assert batch["status"] == "pending"
+    assert batch["progress"] == {"total": 100, "completed": 0, "failed": 0, "percent": 0.0}
+    assert TIME.fullmatch(batch["created_at"])
+    created_at = datetime.fromisoformat(batch["created_at"]).replace(tzinfo=UTC)
+    assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
+    unset = set(BATCH_FIELDS[5:11])
+    assert {name for name in batch if batch[name] is None} == unset
+    estimate = batch["estimate"]
+    completion = datetime.strptime(estimate.pop("estimated_completion"), "%Y-%m-%dT%H:%M:%S%z")
+    assert abs(completion - created_at - timedelta(seconds=70)) < timedelta(seconds=5)
+    assert estimate == {
+        "estimated_seconds": 70,
+        "estimated_hours": 0.02,
+        "throughput_tokens_per_sec": 2511,
+        "throughput_requests_per_sec": 2.29,
+        "based_on_benchmark": SEED_BENCHMARK,
+    }
+    assert api.get(f"/v1/batches/{batch['batch_id']}").json()["status"] == "pending"
+
+
+def test_alias_and_file_name(api: Api) -> None:
+    batch_id = api.submitted(model="gemma")
+
+    batch = api.batch(batch_id)
+    assert batch.model == GUIDE_MODEL
+    assert api.store.get_file(batch.input_file_id).filename == "batch.jsonl"
+    assert api.data.input_file(batch.input_file_id).read_bytes() == input_file(3)
+    assert api.data.wakeup_file.exists()
+
+
+def test_status_of_running_and_completed(api: Api) -> None:
+    batch_id = api.submitted(100)
+    now = datetime.now(UTC)
+    claimed = api.store.claim_next("worker", 30, now)
+    assert claimed is not None
+    tokens = TokenCounts(prompt_tokens=40_000, completion_tokens=17_310)
+    api.store.renew(claimed, lease_s=30, now=now, progress=Progress(49, 1, tokens))
+
+    running = api.get(f"/v1/batches/{batch_id}").json()
+
+    assert list(running) == BATCH_FIELDS
+    assert running["status"] == "running"
+    assert running["progress"] == {"total": 100, "completed": 49, "failed": 1, "percent": 50.0}
+    assert TIME.fullmatch(running["started_at"])
+    assert running["completed_at"] is running["results_url"] is None
+    assert running["estimate"]["estimated_seconds"] == 22  # 50 requests, the model is loaded
+
+    tokens = TokenCounts(prompt_tokens=80_000, completion_tokens=34_620)
+    finalizing = api.store.transition(claimed, BatchStatus.FINALIZING, now)
+    api.store.transition(
+        finalizing,
+        BatchStatus.COMPLETED,
+        now,
+        progress=Progress(100, 0, tokens),
+        throughput_tokens_per_s=2487.4,
+    )
+    completed = api.get(f"/v1/batches/{batch_id}").json()
+    assert completed["status"] == "completed"
+    assert completed["progress"] == {"total": 100, "completed": 100, "failed": 0, "percent": 100.0}
+    assert TIME.fullmatch(completed["completed_at"])
+    assert completed["throughput_tokens_per_sec"] == 2487
+    assert completed["total_tokens"] == 114620
+    assert completed["results_url"] == f"/v1/batches/{batch_id}/results"
+    assert completed["estimate"] is None
+
+
+def test_a_new_benchmark_is_used_next(api: Api) -> None:
+    record = record_from_run(
+        batch_id="batch_0123456789abcdef01234567",
+        model="sim",
+        engine="sim",
+        engine_version="1",
+        device="cpu",
+        device_name="a processor",
+        num_requests=200,
+        success_count=200,
+        load_s=5.0,
+        inference_s=100.0,
+        prompt_tokens=1000,
+        completion_tokens=3000,
+        engine_args={"max_model_len": 512},
+        timestamp=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    )
+    assert api.submit(input_file(10), model="sim").json()["estimate"] is None
+
+    api.services.benchmarks.write(record)
+
+    model = api.get("/v1/models").json()["models"][1]
+    assert model["throughput_requests_per_sec"] == 2.0
+    assert model["throughput_tokens_per_sec"] == 40
+    assert model["last_benchmark"] == "2026-01-02T03:04:05Z"
+    assert model["max_model_len"] == 512
+    estimate = api.submit(input_file(10), model="sim").json()["estimate"]
+    assert estimate["based_on_benchmark"] == record.test_id
+    assert estimate["estimated_seconds"] == 10
+
+
+def test_completion_counts_the_queue_ahead(api: Api) -> None:
+    api.submitted(1000)
+    second = api.submit(input_file(10)).json()["estimate"]
+    completion = datetime.strptime(second["estimated_completion"], "%Y-%m-%dT%H:%M:%S%z")
+    wait_s = (completion - datetime.now(UTC)).total_seconds()
+
+    assert second["estimated_seconds"] == 30
+    assert wait_s > 30 + 430  # 1,000 requests at 2.29 a second come first
+    listed = api.get("/v1/batches").json()["batches"]
+    assert listed[0]["estimate"]["estimated_completion"][:15] == second["estimated_completion"][:15]
+
+
+def test_list(api: Api) -> None:
+    ids = [api.submitted(1) for _ in range(5)]
+    api.call("DELETE", f"/v1/batches/{ids[0]}")
+
+    everything = api.get("/v1/batches").json()
+    assert [batch["batch_id"] for batch in everything["batches"]] == ids[::-1]
+    assert everything["count"] == 5
+    assert everything["has_more"] is False
+    pending = api.get("/v1/batches?status=pending").json()
+    assert [batch["batch_id"] for batch in pending["batches"]] == ids[:0:-1]
+    assert api.get("/v1/batches?status=completed").json()["batches"] == []
+    page = api.get("/v1/batches?limit=2").json()
+    assert [batch["batch_id"] for batch in page["batches"]] == ids[:2:-1]
+    assert page["has_more"] is True
+    rest = api.get(f"/v1/batches?limit=4&after={ids[3]}").json()
+    assert [batch["batch_id"] for batch in rest["batches"]] == ids[2::-1]
+    assert rest["has_more"] is False
+
+
+def test_status_call_is_quick(api: Api) -> None:
+    """Far from a measurement: only that no call takes an obvious detour."""
+    batch_id = api.submitted()
+    with requests.Session() as session:
+        begin = time.perf_counter()
+        for _ in range(50):
+            session.get(f"{api.url}/v1/batches/{batch_id}", timeout=10).raise_for_status()
+        mean_s = (time.perf_counter() - begin) / 50
+    assert mean_s < 0.05
