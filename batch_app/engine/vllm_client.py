@@ -4,6 +4,11 @@ vLLM's own client (`AsyncLLM`) puts the engine into another process and every re
 through a socket. This one steps the engine in a thread of its own (`run`) and hands each finished
 output to the request that awaits it in the event loop. Only that thread touches the engine; the
 loop leaves additions and aborts in an inbox that is emptied between two steps.
+
+A thread, rather than stepping between two turns of the loop: templates and tokenisers run in a pool
+and come back one turn at a time, so steps would run half empty. Measured on a busy 2-core CPU, tiny
+model, 1,500 requests of 62 prompt and 32 output tokens, medians in alternation: 90 requests/s
+(11 ms of CPU each) with the thread, 22 (44 ms) with steps in the loop, 25 with 20 turns a step.
 """
 
 from __future__ import annotations
@@ -202,7 +207,8 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
 
     @property
     def dead_error(self) -> BaseException:
-        return EngineDeadError()
+        error: BaseException = EngineDeadError()
+        return error
 
     async def check_health(self) -> None:
         if self.errored:
@@ -247,7 +253,7 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
         except BaseException as error:  # noqa: BLE001 - whatever it was, the engine can't go on
             self.failure = error
             if not self._stopping:
-                self._loop.call_soon_threadsafe(self._fail)
+                self._loop.call_soon_threadsafe(self.on_failure)
 
     def _busy(self) -> bool:
         return bool(self.engine.has_unfinished_requests())
@@ -301,9 +307,6 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
             if waiter is not None:
                 waiter.put(output)
 
-    def _fail(self) -> None:
-        self.on_failure()
-
 
 def _text_of(prompt: Any) -> str | None:
     return prompt.get("prompt") if isinstance(prompt, dict) else None
@@ -311,4 +314,4 @@ def _text_of(prompt: Any) -> str | None:
 
 # vLLM adds abstract methods to EngineClient at almost every release (pausing, weight updates); none
 # of them is reached from the serving objects used here, so their absence must not stop us.
-InProcessClient.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
+InProcessClient.__abstractmethods__ = frozenset()

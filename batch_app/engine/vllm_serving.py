@@ -1,10 +1,10 @@
 """vLLM's own OpenAI server, without its sockets. The one module that knows where vLLM keeps it.
 
 `vllm serve` is a FastAPI application over an `EngineClient`. `OpenAIApp` builds that application
-and calls its route functions directly, so a body is the body of `vllm serve` by construction, and
-skips what only matters with a client on a socket (routing, middleware, disconnect watching). What vLLM would refuse before its route function runs
-(wrong types, unknown fields) goes through the whole application, which then says so in its own
-words.
+and calls its route functions directly, so a body is the body of `vllm serve` by construction. What
+only matters with a client on a socket (middleware, watching for its disconnect) is skipped. What
+vLLM refuses before a route function runs (wrong types, missing fields) goes through the whole
+application, which then says so in its own words.
 
 vLLM moves these modules about between releases; the locations below are those of 0.24 to 0.33.
 """
@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import msgspec
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from starlette.requests import Request
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -48,6 +48,19 @@ _LOCATIONS: Mapping[str, tuple[str, ...]] = {
     "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
     "ReasoningParserManager": ("vllm.reasoning",),
 }
+
+#: Arguments that would write prompts or answers to the log, or that are set from elsewhere.
+_REFUSED = frozenset(
+    {
+        "config",
+        "enable_log_deltas",
+        "enable_log_outputs",
+        "enable_log_requests",
+        "help",
+        "model",
+        "served_model_name",
+    }
+)
 
 #: Our endpoint -> the path of vLLM's route, and the attributes of its state of which one must be
 #: set for the model to support it. `/v1/score` only logs a warning and calls `/score`.
@@ -98,8 +111,10 @@ def serve_args(model: str, served_name: str, arguments: Mapping[str, Any]) -> Na
     words = ["--model", model, "--served-model-name", served_name]
     for name, value in arguments.items():
         action = actions.get(name)
-        if action is None or name in ("model", "served_model_name", "help", "config"):
+        if action is None:
             raise ArgumentError(f"unknown engine argument {name!r}")
+        if name in _REFUSED:
+            raise ArgumentError(f"the engine argument {name!r} cannot be set here")
         if value is None:
             continue
         option = next(o for o in action.option_strings if o.startswith("--"))
@@ -172,13 +187,11 @@ class OpenAIApp:
         """The request as vLLM's type, or None when vLLM refuses it (`refusal` says how)."""
         try:
             return self._routes[endpoint].parse(body)
-        except ValidationError:
-            return None
-        except Exception:  # noqa: BLE001 - validators of vLLM's raise all sorts; it's a refusal
+        except Exception:  # noqa: BLE001 - vLLM's own validators raise all sorts of things
             return None
 
     async def answer(self, endpoint: str, request: Any) -> tuple[int, bytes]:
-        """Status and body that `vllm serve` answers to this request. Raises only CancelledError."""
+        """Status and body that `vllm serve` answers to this request, be it an error."""
         raw = Request({**_SCOPE, "path": self._routes[endpoint].path, "app": self.asgi})
         try:
             response = await self._routes[endpoint].function(request, raw)
@@ -186,7 +199,7 @@ class OpenAIApp:
             response = await self._error_response(raw, error)
         body = getattr(response, "body", None)
         if body is None:
-            return _error(400, "this response format cannot be stored as JSON", "encoding_format")
+            return 400, error_body("Only JSON responses are supported", param="encoding_format")
         return int(response.status_code), bytes(body)
 
     async def refusal(self, endpoint: str, body: bytes) -> tuple[int, bytes]:
@@ -244,8 +257,8 @@ def _route_function(app: Any, path: str) -> Any | None:
 
 
 def _request_type(function: Any) -> Any:
-    hints = typing.get_type_hints(function)
-    return hints["request"]
+    """What FastAPI would parse the body into: the annotation of the parameter `request`."""
+    return typing.get_type_hints(function)["request"]
 
 
 def error_body(
@@ -255,7 +268,3 @@ def error_body(
     return msgspec.json.encode(
         {"error": {"message": message, "type": kind, "param": param, "code": code}}
     )
-
-
-def _error(code: int, message: str, param: str | None) -> tuple[int, bytes]:
-    return code, error_body(message, param=param, code=code)
