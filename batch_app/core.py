@@ -160,6 +160,8 @@ class Batch:
 
     `epoch` counts the claims of this batch; a worker that writes under an older epoch than the
     stored one changes nothing (fencing). `lease_expires_at` is None when nobody holds it.
+    `expires_at` ends its completion window; None: it has all the time there is. Files published for
+    it expire `output_expires_after_s` after they were made. `passed_over_at`: see `Waiting`.
     """
 
     id: str
@@ -192,7 +194,79 @@ class Batch:
     lease_expires_at: datetime | None = None
     owner: str | None = None
     provenance: Mapping[str, Any] | None = None
+    priority: int = 0
+    retry_of: str | None = None
+    output_expires_after_s: int | None = None
+    passed_over_at: datetime | None = None
 
     @property
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A batch that could be claimed now. `place` grows with every batch that is created.
+
+    `passed_over_at`: when another batch first went before this older one; None: none has.
+    `begun`: a worker had it before, and is gone.
+    """
+
+    batch_id: str
+    model: str
+    num_requests: int
+    place: int
+    priority: int = 0
+    passed_over_at: datetime | None = None
+    begun: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The batch whose turn it is, and those that it goes before although they are older."""
+
+    batch_id: str
+    passed_over: tuple[str, ...] = ()
+
+
+class UploadStatus(StrEnum):
+    PENDING = "pending"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A File that arrives in parts. `size_bytes` is what its owner announced."""
+
+    id: str
+    filename: str
+    purpose: FilePurpose
+    size_bytes: int
+    mime_type: str
+    status: UploadStatus
+    created_at: datetime
+    expires_at: datetime
+    file_expires_after_s: int | None = None
+    file_id: str | None = None
+    owner: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPart:
+    id: str
+    upload_id: str
+    size_bytes: int
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Idempotency:
+    """A client's word for one act of creating: the same key again means the same batch.
+
+    `fingerprint` tells whether it is also the same request.
+    """
+
+    key: str
+    fingerprint: str

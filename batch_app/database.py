@@ -4,8 +4,8 @@ SQLite: one writer at a time, taken at the start of a transaction (`BEGIN IMMEDI
 read transaction that upgrades later fails at once instead of waiting. A write-ahead log is used
 where the library is free of the bug that can corrupt one when several connections write and
 checkpoint at once (fixed in SQLite 3.51.3, 3.50.7 and 3.44.6); elsewhere a rollback journal, under
-which a status call has to wait for the worker's commits. Python often comes with an older SQLite, so
-`pysqlite3`, which carries its own, goes first where it is installed.
+which a status call has to wait for the worker's commits. Python often comes with an older SQLite,
+so `pysqlite3`, which carries its own, goes first where it is installed.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ files = Table(
     Column("created_at", UtcDateTime, nullable=False),
     Column("expires_at", UtcDateTime),
     Column("owner", String(64)),
+    # A deleted file keeps its row: batches refer to it.
+    Column("deleted_at", UtcDateTime),
 )
 
 batches = Table(
@@ -124,7 +126,47 @@ batches = Table(
     Column("lease_expires_at", UtcDateTime),
     Column("owner", String(64)),
     Column("provenance", JSON),
+    Column("priority", Integer, nullable=False, default=0),
+    Column("retry_of", String(64)),
+    Column("output_expires_after_s", Integer),
+    Column("passed_over_at", UtcDateTime),
     Index("batches_by_status", "status", "seq"),
+    Index("batches_by_input", "input_file_id"),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("batch_id", String(64), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("filename", Text, nullable=False),
+    Column("purpose", String(32), nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("mime_type", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+    Column("file_expires_after_s", Integer),
+    Column("file_id", String(64)),
+    Column("owner", String(64)),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("upload_id", String(64), ForeignKey("uploads.id"), nullable=False, index=True),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
 )
 
 workers = Table(

@@ -5,6 +5,7 @@
     ├── BadRequest                 what the caller sent cannot be accepted          400
     │   ├── BadLines               … because of these lines of the input file       400
     │   ├── TooLarge               … because it exceeds a limit                      413
+    │   ├── IdempotencyMismatch    … because its key belongs to another request      422
     │   └── UnsupportedMedia       … because of its content type or encoding         415
     ├── NotFound                   no such batch or file                            404
     │   └── ModelNotFound          the model is not in the registry                 404
@@ -76,6 +77,13 @@ class UnsupportedMedia(BadRequest):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="unsupported_media_type")
+
+
+class IdempotencyMismatch(BadRequest):
+    """The Idempotency-Key was used before, for a request that said something else."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_key_reused", param="Idempotency-Key")
 
 
 class NotFound(BatchAppError):

@@ -1,38 +1,17 @@
 """Whose turn it is. Pure: the store says what waits, this says what runs next.
 
-First in, first out, with two exceptions. A higher `priority` goes first. And among batches of equal
-priority, those for the model that is loaded may go before an older one for another model, since a
-load costs minutes: but nobody is passed over for longer than a bound.
+First in, first out, with three exceptions. A batch that lost its worker goes on first. A higher
+`priority` goes first. And among batches of equal priority, those for the model that is loaded may
+go before an older one for another model, since a load costs minutes: but nobody is passed over for
+longer than a bound.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """A batch that could be claimed now. `place` grows with every batch that is created.
-
-    `passed_over_at`: when another batch first went before this older one; None: none has.
-    """
-
-    batch_id: str
-    model: str
-    num_requests: int
-    place: int
-    priority: int = 0
-    passed_over_at: datetime | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The batch whose turn it is, and those that it goes before although they are older."""
-
-    batch_id: str
-    passed_over: tuple[str, ...] = ()
+from batch_app.core import Choice, Waiting
 
 
 def choose(
@@ -54,6 +33,9 @@ def choose(
     """
     if not waiting:
         return None
+    begun = [batch for batch in waiting if batch.begun]
+    if begun:
+        return Choice(min(begun, key=lambda batch: batch.place).batch_id)
     highest = max(batch.priority for batch in waiting)
     line = sorted((b for b in waiting if b.priority == highest), key=lambda batch: batch.place)
     oldest = line[0]

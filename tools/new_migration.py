@@ -19,7 +19,7 @@ from batch_app import database
 
 def main() -> None:
     message = sys.argv[1]
-    number = len([p for p in (database.MIGRATIONS_DIR / "versions").glob("[0-9]*.py")]) + 1
+    number = len(list((database.MIGRATIONS_DIR / "versions").glob("[0-9]*.py"))) + 1
     config = Config()
     config.set_main_option("script_location", str(database.MIGRATIONS_DIR))
     config.set_main_option("file_template", f"{number:04d}_%%(slug)s")

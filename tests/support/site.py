@@ -12,7 +12,6 @@ from typing import Any
 
 import orjson
 import psutil
-from support.waiting import wait_for
 
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
@@ -20,6 +19,7 @@ from batch_app.files import DataDir, new_id, wake_workers
 from batch_app.intake import IntakeRules, index_file
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
+from support.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
 

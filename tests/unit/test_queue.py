@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_app.queue import Waiting, choose
+from batch_app.core import Waiting
+from batch_app.queue import choose
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

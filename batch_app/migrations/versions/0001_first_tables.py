@@ -23,8 +23,33 @@ def upgrade() -> None:
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("owner", sa.String(length=64), nullable=True),
+        sa.Column("deleted_at", sa.DateTime(timezone=True), nullable=True),
         sa.PrimaryKeyConstraint("seq"),
         sa.UniqueConstraint("id"),
+    )
+    op.create_table(
+        "idempotency_keys",
+        sa.Column("owner", sa.String(length=64), nullable=False),
+        sa.Column("key", sa.String(length=255), nullable=False),
+        sa.Column("fingerprint", sa.String(length=64), nullable=False),
+        sa.Column("batch_id", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("owner", "key"),
+    )
+    op.create_table(
+        "uploads",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("filename", sa.Text(), nullable=False),
+        sa.Column("purpose", sa.String(length=32), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("mime_type", sa.Text(), nullable=False),
+        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("file_expires_after_s", sa.Integer(), nullable=True),
+        sa.Column("file_id", sa.String(length=64), nullable=True),
+        sa.Column("owner", sa.String(length=64), nullable=True),
+        sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
         "workers",
@@ -82,6 +107,10 @@ def upgrade() -> None:
         sa.Column("lease_expires_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("owner", sa.String(length=64), nullable=True),
         sa.Column("provenance", sa.JSON(), nullable=True),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("retry_of", sa.String(length=64), nullable=True),
+        sa.Column("output_expires_after_s", sa.Integer(), nullable=True),
+        sa.Column("passed_over_at", sa.DateTime(timezone=True), nullable=True),
         sa.ForeignKeyConstraint(
             ["input_file_id"],
             ["files.id"],
@@ -90,4 +119,20 @@ def upgrade() -> None:
         sa.UniqueConstraint("id"),
     )
     with op.batch_alter_table("batches", schema=None) as batch_op:
+        batch_op.create_index("batches_by_input", ["input_file_id"], unique=False)
         batch_op.create_index("batches_by_status", ["status", "seq"], unique=False)
+
+    op.create_table(
+        "upload_parts",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.Column("upload_id", sa.String(length=64), nullable=False),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["upload_id"],
+            ["uploads.id"],
+        ),
+        sa.PrimaryKeyConstraint("id"),
+    )
+    with op.batch_alter_table("upload_parts", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_upload_parts_upload_id"), ["upload_id"], unique=False)

@@ -1,0 +1,20 @@
+"""The store: what is known of files, batches and workers. The only place with SQL.
+
+Every method is one transaction. A state changes only along `core.TRANSITIONS`; whoever works on a
+batch proves by its epoch that the batch is still its own, and an older epoch changes nothing
+(`LeaseLost`). Rows come out as the frozen types of `core`.
+
+All methods raise `StoreUnavailable` (retriable) when the database does not answer, and
+`StorageFull` when its disk is full.
+"""
+
+from batch_app.store.batches import BatchStore
+from batch_app.store.files import FileStore
+from batch_app.store.leases import LeaseStore
+from batch_app.store.workers import WorkerRow, WorkerStore
+
+__all__ = ["Store", "WorkerRow"]
+
+
+class Store(FileStore, BatchStore, LeaseStore, WorkerStore):
+    """One per process; safe to use from several threads."""

@@ -1,0 +1,266 @@
+"""Batches in the store: creating, reading, and changing their state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.engine import Connection
+
+from batch_app.core import (
+    TERMINAL,
+    TRANSITIONS,
+    Batch,
+    BatchStatus,
+    Idempotency,
+    StoredFile,
+)
+from batch_app.database import batches, files, idempotency_keys, workers
+from batch_app.errors import Conflict, IdempotencyMismatch, LeaseLost, NotFound
+from batch_app.store.files import insert_file, insert_files
+from batch_app.store.rows import batch_values, progress_values, to_batch
+from batch_app.store.transactions import Transactions
+
+#: States in which a batch belongs to a worker, or to the next one when its lease has run out.
+LEASED = (BatchStatus.RUNNING, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
+#: States before any worker's.
+NOT_BEGUN = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
+
+_STAMPS: dict[BatchStatus, str] = {
+    BatchStatus.QUEUED: "queued_at",
+    BatchStatus.RUNNING: "started_at",
+    BatchStatus.FINALIZING: "finalizing_at",
+    BatchStatus.COMPLETED: "completed_at",
+    BatchStatus.FAILED: "failed_at",
+    BatchStatus.EXPIRED: "expired_at",
+    BatchStatus.CANCELLING: "cancelling_at",
+    BatchStatus.CANCELLED: "cancelled_at",
+}
+
+
+class BatchStore(Transactions):
+    def add_batch(
+        self,
+        batch: Batch,
+        input_file: StoredFile | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> Batch:
+        """Insert a batch, and with it its input file if that is new: both, or neither.
+
+        With a key that was used before for the same request, that request's batch is returned and
+        nothing is inserted.
+
+        Raises:
+            IdempotencyMismatch: the key was used before for another request.
+            NotFound: the input file was deleted meanwhile.
+        """
+        with self._write() as connection:
+            if idempotency is not None:
+                earlier = _earlier_batch(connection, batch.owner or "", idempotency)
+                if earlier is not None:
+                    return get_batch(connection, earlier)
+            if input_file is not None:
+                insert_file(connection, input_file)
+            elif not _has_file(connection, batch.input_file_id):
+                raise NotFound(f"No such file: {batch.input_file_id}", param="input_file_id")
+            connection.execute(insert(batches).values(batch_values(batch)))
+            if idempotency is not None:
+                connection.execute(
+                    insert(idempotency_keys).values(
+                        **asdict(idempotency),
+                        owner=batch.owner or "",
+                        batch_id=batch.id,
+                        created_at=batch.created_at,
+                    )
+                )
+        return batch
+
+    def batch_of_key(self, owner: str | None, idempotency: Idempotency) -> Batch | None:
+        """The batch that this key stands for, if it was used. Raises IdempotencyMismatch."""
+        with self._read() as connection:
+            earlier = _earlier_batch(connection, owner or "", idempotency)
+            return get_batch(connection, earlier) if earlier else None
+
+    def forget_keys(self, before: datetime) -> int:
+        """Forget idempotency keys that were used before this time. Returns how many."""
+        with self._write() as connection:
+            result = connection.execute(
+                idempotency_keys.delete().where(idempotency_keys.c.created_at < before)
+            )
+        return int(result.rowcount)
+
+    def get_batch(self, batch_id: str) -> Batch:
+        """Raises NotFound."""
+        with self._read() as connection:
+            return get_batch(connection, batch_id)
+
+    def list_batches(
+        self,
+        *,
+        limit: int,
+        after: str | None = None,
+        statuses: Sequence[BatchStatus] | None = None,
+    ) -> tuple[list[Batch], bool]:
+        """Batches, newest first, and whether there are more.
+
+        `after` is the id of the last batch of the page before. Raises NotFound if it is unknown.
+        """
+        query = select(batches).order_by(batches.c.seq.desc()).limit(limit + 1)
+        if statuses is not None:
+            query = query.where(batches.c.status.in_([status.value for status in statuses]))
+        with self._read() as connection:
+            if after is not None:
+                seq = connection.scalar(select(batches.c.seq).where(batches.c.id == after))
+                if seq is None:
+                    raise NotFound(f"No such batch: {after}", param="after")
+                query = query.where(batches.c.seq < seq)
+            rows = connection.execute(query).all()
+        return [to_batch(row) for row in rows[:limit]], len(rows) > limit
+
+    def count_batches(self) -> dict[BatchStatus, int]:
+        """How many batches are in each state; states without any are left out."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(batches.c.status, func.count()).group_by(batches.c.status)
+            ).all()
+        return {BatchStatus(status): count for status, count in rows}
+
+    def work_ahead(self, batch: Batch) -> dict[str, int]:
+        """Requests that are still to run before this batch's own, by model."""
+        active = [BatchStatus.QUEUED, *LEASED]
+        remaining = func.sum(batches.c.total - batches.c.completed - batches.c.failed)
+        seq = select(batches.c.seq).where(batches.c.id == batch.id).scalar_subquery()
+        with self._read() as connection:
+            rows = connection.execute(
+                select(batches.c.model, remaining)
+                .where(batches.c.status.in_([status.value for status in active]))
+                .where(batches.c.seq < seq)
+                .group_by(batches.c.model)
+            ).all()
+        return {model: max(int(requests), 0) for model, requests in rows}
+
+    def ping(self) -> None:
+        """Ask the database for a sign of life."""
+        with self._read() as connection:
+            connection.execute(select(workers.c.id).limit(1)).first()
+
+    # -- changes of state ----------------------------------------------------------------------
+
+    def cancel_queued(self, batch_id: str, now: datetime) -> Batch:
+        """Cancel a batch that no worker has begun, with nothing to publish.
+
+        Raises:
+            NotFound: there is no such batch.
+            Conflict: it isn't waiting any more.
+        """
+        with self._write() as connection:
+            batch = get_batch(connection, batch_id, for_update=True)
+            if batch.status not in NOT_BEGUN:
+                raise Conflict(
+                    f"Batch {batch_id} is {batch.status.value}, no longer waiting.",
+                    code="batch_not_pending",
+                )
+            batch = change_state(connection, batch, BatchStatus.CANCELLING, now)
+            return change_state(connection, batch, BatchStatus.CANCELLED, now)
+
+    def request_cancel(self, batch_id: str, now: datetime) -> Batch:
+        """Ask whoever has this batch to end it; it is `cancelling` until they have.
+
+        Raises:
+            NotFound: there is no such batch.
+            Conflict: it has finished.
+        """
+        with self._write() as connection:
+            batch = get_batch(connection, batch_id, for_update=True)
+            if batch.status in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
+                return batch  # doing it twice is harmless
+            if batch.status in TERMINAL:
+                raise Conflict(
+                    f"Batch {batch_id} is {batch.status.value}: it can't be cancelled any more.",
+                    code="batch_not_cancellable",
+                )
+            # Who checks its lines at the moment is not to be waited for.
+            freed = {"epoch": batch.epoch + 1, "lease_owner": None, "lease_expires_at": None}
+            changes = freed if batch.status in NOT_BEGUN else {}
+            return change_state(connection, batch, BatchStatus.CANCELLING, now, **changes)
+
+    def transition(
+        self,
+        batch: Batch,
+        to: BatchStatus,
+        now: datetime,
+        *,
+        new_files: Sequence[StoredFile] = (),
+        **values: Any,
+    ) -> Batch:
+        """Move a batch that the caller holds to another state, with files that come with it.
+
+        Raises:
+            LeaseLost: the epoch is no longer the caller's.
+            Conflict: the table of transitions forbids it from the state it is in by now.
+        """
+        with self._write() as connection:
+            current = get_batch(connection, batch.id, for_update=True)
+            if current.epoch != batch.epoch:
+                raise LeaseLost(f"Batch {batch.id} belongs to another worker by now.")
+            changed = change_state(connection, current, to, now, **values)
+            insert_files(connection, new_files)
+            return changed
+
+
+def get_batch(connection: Connection, batch_id: str, *, for_update: bool = False) -> Batch:
+    """Within the caller's transaction. Raises NotFound."""
+    query = select(batches).where(batches.c.id == batch_id)
+    row = connection.execute(query.with_for_update() if for_update else query).first()
+    if row is None:
+        raise NotFound(f"No such batch: {batch_id}", param="batch_id")
+    return to_batch(row)
+
+
+def change_state(
+    connection: Connection, batch: Batch, to: BatchStatus, now: datetime, **values: Any
+) -> Batch:
+    """Within the caller's transaction. `values` may have `progress` and `errors` as core has them.
+
+    Raises Conflict where the table of transitions forbids it.
+    """
+    if to not in TRANSITIONS[batch.status]:
+        raise Conflict(
+            f"Batch {batch.id} can't go from {batch.status.value} to {to.value}.",
+            code="invalid_transition",
+        )
+    changes: dict[str, Any] = {"status": to.value, _STAMPS[to]: now, **values}
+    if to in TERMINAL:
+        changes |= {"lease_owner": None, "lease_expires_at": None}
+    progress = changes.pop("progress", None)
+    if progress is not None:
+        changes |= progress_values(progress)
+    errors = changes.pop("errors", None)
+    if errors is not None:
+        changes["errors"] = [asdict(error) for error in errors]
+    connection.execute(update(batches).where(batches.c.id == batch.id).values(**changes))
+    return get_batch(connection, batch.id)
+
+
+def _earlier_batch(connection: Connection, owner: str, idempotency: Idempotency) -> str | None:
+    row = connection.execute(
+        select(idempotency_keys.c.fingerprint, idempotency_keys.c.batch_id)
+        .where(idempotency_keys.c.owner == owner)
+        .where(idempotency_keys.c.key == idempotency.key)
+    ).first()
+    if row is None:
+        return None
+    if row.fingerprint != idempotency.fingerprint:
+        raise IdempotencyMismatch(
+            "This Idempotency-Key was used before, for another request. Take a new key."
+        )
+    batch_id: str = row.batch_id
+    return batch_id
+
+
+def _has_file(connection: Connection, file_id: str) -> bool:
+    query = select(files.c.id).where(files.c.id == file_id).where(files.c.deleted_at.is_(None))
+    return connection.scalar(query) is not None

@@ -1,0 +1,198 @@
+"""Who works on which batch: claims, leases, epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy.engine import Connection
+
+from batch_app.core import Batch, BatchStatus, Choice, Progress, Waiting
+from batch_app.database import batches
+from batch_app.errors import LeaseLost
+from batch_app.store.batches import LEASED, change_state, get_batch
+from batch_app.store.rows import progress_values, to_batch
+from batch_app.store.transactions import Transactions
+
+#: The oldest that many are considered; a queue may be longer.
+MAX_CONSIDERED = 1000
+
+Pick = Callable[[Sequence[Waiting]], Choice | None]
+
+
+def oldest(waiting: Sequence[Waiting]) -> Choice | None:
+    """First in, first out."""
+    return Choice(waiting[0].batch_id) if waiting else None
+
+
+class LeaseStore(Transactions):
+    def claim_next(
+        self, worker_id: str, lease_s: float, now: datetime, pick: Pick = oldest
+    ) -> Batch | None:
+        """Give this worker one of the batches that wait or whose lease has run out.
+
+        `pick` gets them oldest first and says which; None leaves them all. The batch's epoch rises,
+        so that a former holder can change nothing any more.
+        """
+        claimable = or_(
+            and_(batches.c.status == BatchStatus.QUEUED.value, _unleased(now)),
+            and_(batches.c.status.in_([status.value for status in LEASED]), _unleased(now)),
+        )
+        with self._read() as connection:
+            # A look that locks nothing: an idle worker polls often.
+            if connection.scalar(select(batches.c.id).where(claimable).limit(1)) is None:
+                return None
+        with self._write() as connection:
+            choice = pick(_waiting(connection, claimable))
+            if choice is None:
+                return None
+            batch = _claim(connection, choice.batch_id, claimable, worker_id, lease_s, now)
+            if batch is None:
+                return None
+            connection.execute(
+                update(batches)
+                .where(batches.c.id.in_(choice.passed_over))
+                .where(batches.c.passed_over_at.is_(None))
+                .values(passed_over_at=now)
+            )
+            if batch.status is BatchStatus.QUEUED:
+                return change_state(connection, batch, BatchStatus.RUNNING, now)
+            return batch
+
+    def claim_to_validate(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
+        """Give the caller the oldest batch whose lines are to be checked."""
+        return self._claim_oldest(
+            and_(batches.c.status == BatchStatus.VALIDATING.value, _unleased(now)),
+            holder,
+            lease_s,
+            now,
+        )
+
+    def claim_to_close(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
+        """Give the caller a batch that ends without having begun: cancelled, or out of time."""
+        never_began = batches.c.started_at.is_(None)
+        cancelled = batches.c.status == BatchStatus.CANCELLING.value
+        overdue = and_(batches.c.status == BatchStatus.QUEUED.value, batches.c.expires_at < now)
+        return self._claim_oldest(
+            and_(never_began, or_(cancelled, overdue), _unleased(now)), holder, lease_s, now
+        )
+
+    def renew(
+        self,
+        batch: Batch,
+        *,
+        lease_s: float,
+        now: datetime,
+        progress: Progress | None = None,
+    ) -> BatchStatus:
+        """Keep the lease, and tell how far the batch is. Returns its status as it stands now.
+
+        Raises LeaseLost if the batch's epoch is no longer this one's.
+        """
+        values: dict[str, Any] = {"lease_expires_at": now + timedelta(seconds=lease_s)}
+        if progress is not None:
+            values |= progress_values(progress)
+        with self._write() as connection:
+            _fenced_update(connection, batch, values)
+            return get_batch(connection, batch.id).status
+
+    def release(self, batch: Batch) -> None:
+        """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost."""
+        with self._write() as connection:
+            _fenced_update(connection, batch, {"lease_owner": None, "lease_expires_at": None})
+
+    def release_dead(self, worker_id: str) -> int:
+        """Free the batches of a worker known to be dead, without waiting for their leases.
+
+        Returns how many there were. The epoch rises with the next claim, as always.
+        """
+        with self._write() as connection:
+            result = connection.execute(
+                update(batches)
+                .where(batches.c.lease_owner == worker_id)
+                .where(batches.c.status.in_([status.value for status in LEASED]))
+                .values(lease_owner=None, lease_expires_at=None)
+            )
+        return int(result.rowcount)
+
+    def _claim_oldest(
+        self, condition: ColumnElement[bool], holder: str, lease_s: float, now: datetime
+    ) -> Batch | None:
+        query = select(batches.c.id).where(condition).order_by(batches.c.seq).limit(1)
+        with self._read() as connection:
+            batch_id = connection.scalar(query)
+        if batch_id is None:
+            return None
+        with self._write() as connection:
+            return _claim(connection, batch_id, condition, holder, lease_s, now)
+
+
+def _unleased(now: datetime) -> ColumnElement[bool]:
+    return or_(batches.c.lease_expires_at.is_(None), batches.c.lease_expires_at < now)
+
+
+def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Waiting]:
+    rows = connection.execute(
+        select(
+            batches.c.id,
+            batches.c.model,
+            batches.c.total,
+            batches.c.seq,
+            batches.c.priority,
+            batches.c.passed_over_at,
+            batches.c.status,
+        )
+        .where(condition)
+        .order_by(batches.c.seq)
+        .limit(MAX_CONSIDERED)
+    ).all()
+    return [
+        Waiting(
+            batch_id=row.id,
+            model=row.model,
+            num_requests=row.total,
+            place=row.seq,
+            priority=row.priority,
+            passed_over_at=row.passed_over_at,
+            begun=row.status != BatchStatus.QUEUED.value,
+        )
+        for row in rows
+    ]
+
+
+def _claim(
+    connection: Connection,
+    batch_id: str,
+    condition: ColumnElement[bool],
+    holder: str,
+    lease_s: float,
+    now: datetime,
+) -> Batch | None:
+    """Lease this batch to the holder; None if somebody else was faster."""
+    query = select(batches).where(batches.c.id == batch_id).where(condition)
+    row = connection.execute(query.with_for_update(skip_locked=True)).first()
+    if row is None:
+        return None
+    connection.execute(
+        update(batches)
+        .where(batches.c.id == batch_id)
+        .values(
+            epoch=to_batch(row).epoch + 1,
+            lease_owner=holder,
+            lease_expires_at=now + timedelta(seconds=lease_s),
+        )
+    )
+    return get_batch(connection, batch_id)
+
+
+def _fenced_update(connection: Connection, batch: Batch, values: dict[str, Any]) -> None:
+    result = connection.execute(
+        update(batches)
+        .where(batches.c.id == batch.id)
+        .where(batches.c.epoch == batch.epoch)
+        .values(**values)
+    )
+    if result.rowcount == 0:
+        raise LeaseLost(f"Batch {batch.id} belongs to another worker by now.")

@@ -1,0 +1,63 @@
+"""Transactions: how each method of the store reaches the database, and what it raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+
+from batch_app import database
+from batch_app.database import WRITES
+from batch_app.errors import StorageFull, StoreUnavailable
+
+
+class Transactions:
+    """The database behind the store. Safe to use from several threads."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._engine = database.connect(url)
+
+    def migrate(self) -> None:
+        """Create the tables, or bring them up to date."""
+        with translated_errors():
+            database.migrate(self._engine)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with translated_errors(), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with (
+            translated_errors(),
+            self._engine.connect().execution_options(**{WRITES: True}) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+
+@contextmanager
+def translated_errors() -> Iterator[None]:
+    """Turn what says "not now" into the project's errors; what says "never" passes."""
+    try:
+        yield
+    except OperationalError as error:
+        cause = str(error.orig)
+        if "disk is full" in cause or "No space left" in cause:
+            raise StorageFull(f"The database's disk is full ({cause}).") from error
+        raise StoreUnavailable(f"The database does not answer: {cause}") from error
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise StoreUnavailable(f"The database's connection broke: {error.orig}") from error
+        raise
+    except SQLAlchemyError as error:
+        if "QueuePool limit" in str(error):
+            raise StoreUnavailable("All connections to the database are busy.") from error
+        raise

@@ -1,0 +1,47 @@
+"""The workers, as they last reported themselves."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+from sqlalchemy import insert, select, update
+
+from batch_app.database import workers
+from batch_app.store.transactions import Transactions
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRow:
+    """A worker process as it last reported itself. `process_started_at` is Unix seconds."""
+
+    id: str
+    host: str
+    pid: int
+    process_started_at: float
+    started_at: datetime
+    heartbeat_at: datetime
+    state: str
+    model: str | None
+    batch_id: str | None
+
+
+class WorkerStore(Transactions):
+    def report_worker(self, worker: WorkerRow) -> None:
+        """Insert or refresh a worker's row."""
+        with self._write() as connection:
+            values = asdict(worker)
+            result = connection.execute(
+                update(workers).where(workers.c.id == worker.id).values(values)
+            )
+            if result.rowcount == 0:
+                connection.execute(insert(workers).values(values))
+
+    def list_workers(self) -> list[WorkerRow]:
+        with self._read() as connection:
+            rows = connection.execute(select(workers).order_by(workers.c.started_at)).all()
+        return [WorkerRow(**row._mapping) for row in rows]
+
+    def forget_worker(self, worker_id: str) -> None:
+        with self._write() as connection:
+            connection.execute(workers.delete().where(workers.c.id == worker_id))
