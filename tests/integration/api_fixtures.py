@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import requests
 import uvicorn
-from support.waiting import wait_for
 
 from batch_app.api_server import create_app
 from batch_app.config import Settings
@@ -26,6 +25,7 @@ from batch_app.core import Batch
 from batch_app.files import DataDir
 from batch_app.routes.services import Services
 from batch_app.store import Store
+from support.waiting import wait_for
 
 REPOSITORY = Path(__file__).parents[2]
 GUIDE_MODEL = "google/gemma-3-4b-it"

@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 
 import pytest
 import requests
-from support.waiting import wait_for
 
 from batch_app.batch_log import BatchLog
 from batch_app.core import Batch, BatchStatus, Progress, TokenCounts
 from batch_app.results import ResultsLog
 from integration.api_fixtures import Api
+from support.waiting import wait_for
 
 
 def output_line(custom_id: str, status_code: int = 200) -> bytes:
