@@ -18,7 +18,14 @@ from batch_app.core import BatchStatus, utc_now
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path, lease_s=2.0, heartbeat_s=0.3, drain_s=5.0, engine_hang_s=3.0)
+    site = Site(
+        tmp_path,
+        lease_s=2.0,
+        heartbeat_s=0.3,
+        drain_s=5.0,
+        engine_hang_s=3.0,
+        poll_interval_s=0.5,
+    )
     yield site
     site.close()
 

@@ -1,4 +1,4 @@
-"""A site: a data folder, a registry, a store, and worker processes on them, without an API server."""
+"""A site: data folder, registry, store, and worker processes on them, without an API server."""
 
 from __future__ import annotations
 
