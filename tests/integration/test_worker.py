@@ -14,6 +14,7 @@ from support.waiting import wait_for
 
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.core import BatchStatus, utc_now
+from batch_app.database import sqlite_driver
 
 
 @pytest.fixture
@@ -214,7 +215,7 @@ def test_a_worker_that_slept_past_its_lease_changes_nothing(site: Site) -> None:
     batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
     sleeper = site.start_worker()
     site.wait_for_progress(batch_id, 100)
-    os.kill(sleeper.pid, signal.SIGSTOP)
+    stop_outside_a_transaction(site, sleeper.pid)
     other = site.start_worker()
     wait_for(lambda: site.batch(batch_id).epoch == 2, what="the other worker takes over")
     site.wait_for_progress(batch_id, 400)
@@ -233,6 +234,26 @@ def test_a_lost_index_is_made_anew(site: Site) -> None:
     site.start_worker()
     assert site.wait_until_done(batch_id).status is BatchStatus.COMPLETED
     assert_answers_echo(site.results(batch_id), 50)
+
+
+def stop_outside_a_transaction(site: Site, pid: int) -> None:
+    """SIGSTOP a worker while it doesn't hold SQLite's write lock, which nobody could take away."""
+    path = site.settings.resolved_database_url.removeprefix("sqlite:///")
+
+    def stopped() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        connection = sqlite_driver().connect(path, timeout=0.2, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        except sqlite_driver().OperationalError:
+            os.kill(pid, signal.SIGCONT)
+            return False
+        finally:
+            connection.close()
+        return True
+
+    wait_for(stopped, what="the worker stands still without the lock")
 
 
 def _is_running(pid: int) -> bool:
