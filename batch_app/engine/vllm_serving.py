@@ -136,6 +136,17 @@ def serve_args(model: str, served_name: str, arguments: Mapping[str, Any]) -> Na
         _locate("ToolParserManager").import_tool_parser(args.tool_parser_plugin)
     if getattr(args, "reasoning_parser_plugin", None):
         _locate("ReasoningParserManager").import_reasoning_parser(args.reasoning_parser_plugin)
+    # Checked here, for vLLM notices only once the model is loaded.
+    parsers = (
+        ("tool_call_parser", "ToolParserManager"),
+        ("reasoning_parser", "ReasoningParserManager"),
+    )
+    for name, manager in parsers:
+        known = _locate(manager).list_registered()
+        if (wanted := getattr(args, name, None)) and wanted not in known:
+            raise ArgumentError(
+                f"unknown {name} {wanted!r}; vLLM knows: {', '.join(sorted(known))}"
+            )
     # The application is called in-process by its owner: VLLM_API_KEY of the environment, which
     # would close it, is meant for somebody else's server.
     args.api_key = [""]

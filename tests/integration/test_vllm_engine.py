@@ -1,0 +1,355 @@
+"""The real engine on the demo model: right answers, in the bodies of vLLM's own server."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from batch_app.core import Endpoint
+from batch_app.engine.base import Engine, EngineRequest, Outcome
+from batch_app.engine.host import EngineHost
+from batch_app.engine.vllm import VllmEngine
+from batch_app.errors import EngineDied, EngineLoadError
+from contract.engine_conformance import (
+    CHAT,
+    EngineConformance,
+    chat,
+    collect_all,
+    error_of,
+    run,
+)
+from integration.conftest import DEMO_MODEL, demo_spec
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+import demo_tasks  # noqa: E402
+
+
+def request(number: int, endpoint: str, **body: Any) -> EngineRequest:
+    return EngineRequest(number, endpoint, json.dumps(body).encode())
+
+
+def body_of(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.status_code == 200, outcome.body
+    body: dict[str, Any] = json.loads(outcome.body)
+    return body
+
+
+def said(outcome: Outcome) -> str:
+    content = body_of(outcome)["choices"][0]["message"]["content"]
+    assert isinstance(content, str)
+    return content.strip()
+
+
+class TestVllmEngine(EngineConformance):
+    @pytest.fixture
+    def engine(self, vllm_engine: VllmEngine) -> Iterator[Engine]:
+        yield vllm_engine
+        assert vllm_engine.collect(0) == []
+
+
+def test_two_hundred_answers_stand_under_their_numbers(vllm_engine: VllmEngine) -> None:
+    rng = random.Random(7)
+    prompts = {number: demo_tasks.random_prompt(rng) for number in range(200)}
+    vllm_engine.submit(
+        [chat(n, prompt, max_tokens=16, temperature=0) for n, prompt in prompts.items()]
+    )
+    outcomes = collect_all(vllm_engine, prompts)
+    wrong = [
+        number
+        for number, prompt in prompts.items()
+        if said(outcomes[number]) != demo_tasks.expected_answer(prompt)
+    ]
+    assert len(wrong) <= (1 - demo_tasks.PASS_SHARE) * len(prompts), wrong
+
+
+def test_completions_with_several_prompts(vllm_engine: VllmEngine) -> None:
+    (outcome,) = run(
+        vllm_engine,
+        request(0, Endpoint.COMPLETIONS, prompt=["27 + 58", "10 + 11"], max_tokens=4, echo=True),
+    )
+    body = body_of(outcome)
+    assert [choice["text"][:7] for choice in body["choices"]] == ["27 + 58", "10 + 11"]
+    assert outcome.completion_tokens == body["usage"]["completion_tokens"] > 0
+
+
+def test_responses(vllm_engine: VllmEngine) -> None:
+    (outcome,) = run(
+        vllm_engine,
+        request(0, Endpoint.RESPONSES, input="What is 27 + 58?", max_output_tokens=16),
+    )
+    body = body_of(outcome)
+    assert body["object"] == "response"
+    assert outcome.prompt_tokens == body["usage"]["input_tokens"] > 0
+    assert outcome.completion_tokens == body["usage"]["output_tokens"] > 0
+
+
+def test_sampling_parameters_are_honoured(vllm_engine: VllmEngine) -> None:
+    hot = {"temperature": 2.0, "max_tokens": 24, "ignore_eos": True}
+    two, logprobs, seeded, again, other, stopped, short = run(
+        vllm_engine,
+        chat(0, n=2, **hot),
+        chat(1, logprobs=True, top_logprobs=3, temperature=0),
+        chat(2, seed=11, **hot),
+        chat(3, seed=11, **hot),
+        chat(4, seed=12, **hot),
+        chat(5, temperature=0, stop=["5"], max_tokens=16),
+        chat(6, max_tokens=3, ignore_eos=True),
+    )
+    choices = body_of(two)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert choices[0]["message"]["content"] != choices[1]["message"]["content"]
+    assert two.completion_tokens == 48
+    tokens = body_of(logprobs)["choices"][0]["logprobs"]["content"]
+    assert len(tokens) == logprobs.completion_tokens
+    assert all(len(token["top_logprobs"]) == 3 for token in tokens)
+    assert said(seeded) == said(again) != said(other)
+    assert body_of(stopped)["choices"][0]["stop_reason"] == "5"
+    assert said(stopped) == "8"
+    assert short.completion_tokens == 3
+    assert body_of(short)["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_schema_binds_the_answer(vllm_engine: VllmEngine) -> None:
+    schema = {"type": "object", "properties": {"sum": {"enum": [85, 7]}}, "required": ["sum"]}
+    response_format = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nonsense"}}}
+    choice = {"choice": ["alpha", "omega"]}
+    bound, refused, chosen = run(
+        vllm_engine,
+        chat(0, max_tokens=400, response_format=response_format),
+        chat(1, response_format=broken),
+        chat(2, structured_outputs=choice),
+    )
+    finished = body_of(bound)["choices"][0]["finish_reason"] == "stop"
+    assert not finished or json.loads(said(bound))["sum"] in (85, 7)
+    assert re.match(r'\{\s*("|$)', said(bound))
+    assert refused.status_code == 400
+    error_of(refused)
+    assert said(chosen) in choice["choice"]
+
+
+def test_tools_are_accepted(vllm_engine: VllmEngine) -> None:
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}},
+        },
+    }
+    (outcome,) = run(vllm_engine, chat(0, tools=[tool], tool_choice="auto"))
+    assert "tool_calls" in body_of(outcome)["choices"][0]["message"] or said(outcome)
+
+
+def test_what_vllm_refuses_is_refused_in_its_words(vllm_engine: VllmEngine) -> None:
+    long, hot, negative, unsupported, streamed, in_background, fine = run(
+        vllm_engine,
+        chat(0, "What is 27 + 58? " * 2000),
+        chat(1, temperature="hot"),
+        chat(2, max_tokens=-1),
+        request(3, Endpoint.EMBEDDINGS, input="x"),
+        chat(4, stream=True),
+        request(5, Endpoint.RESPONSES, input="x", background=True),
+        chat(6),
+    )
+    assert long.status_code == 400
+    assert "maximum context length" in error_of(long)["message"]
+    assert hot.status_code == 400
+    assert error_of(hot)["param"] == "body.temperature"
+    assert negative.status_code == 400
+    assert error_of(negative)["param"] == "max_tokens"
+    assert unsupported.status_code == 404
+    assert "does not support /v1/embeddings" in error_of(unsupported)["message"]
+    assert streamed.status_code == 400
+    assert error_of(streamed)["param"] == "stream"
+    assert in_background.status_code == 400
+    assert fine.status_code == 200
+
+
+def test_cached_tokens_are_counted_but_the_body_stays_as_it_is(vllm_engine: VllmEngine) -> None:
+    prompt = "Consider this sum with care. " * 60 + "What is 27 + 58?"
+    (first,) = run(vllm_engine, chat(0, prompt))
+    (second,) = run(vllm_engine, chat(0, prompt))
+    assert first.prompt_tokens == second.prompt_tokens > 256
+    assert second.cached_tokens >= 128  # a block of the CPU's cache
+    assert body_of(second)["usage"]["prompt_tokens_details"] is None
+
+
+def test_stats_progress_while_requests_run(vllm_engine: VllmEngine) -> None:
+    before = vllm_engine.stats()
+    vllm_engine.submit([chat(n, max_tokens=1900, ignore_eos=True) for n in range(4)])
+    deadline = time.monotonic() + 30
+    seen = [before.generation_tokens_total]
+    while len(seen) < 4:
+        assert time.monotonic() < deadline
+        assert vllm_engine.collect(0.02) == []
+        stats = vllm_engine.stats()
+        if stats.generation_tokens_total > seen[-1]:
+            seen.append(stats.generation_tokens_total)
+    assert stats.num_running == 4
+    assert stats.kv_cache_usage > 0
+    vllm_engine.cancel(range(4))
+    assert vllm_engine.collect(5) == []
+    assert vllm_engine.stats().num_running == 0
+
+
+def test_cancelling_frees_the_engine(vllm_engine: VllmEngine) -> None:
+    vllm_engine.submit([chat(n, max_tokens=1900, ignore_eos=True) for n in range(300)])
+    vllm_engine.collect(0.2)
+    vllm_engine.cancel(range(300))
+    run(vllm_engine, chat(300))
+    client = vllm_engine._client
+    assert client is not None
+    deadline = time.monotonic() + 10
+    while client.engine.has_unfinished_requests():
+        assert time.monotonic() < deadline
+        vllm_engine.collect(0.02)
+
+
+#: Bodies that vLLM's server and we are asked, each under an endpoint.
+SAME: list[tuple[str, dict[str, Any]]] = [
+    (CHAT, {"messages": [{"role": "user", "content": "What is 27 + 58?"}], "max_tokens": 9}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "max_tokens": 3}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "n": 2, "max_tokens": 3}),
+    (CHAT, {"messages": "Hi"}),
+    (CHAT, {"messages": []}),
+    (CHAT, {}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "temperature": "hot"}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "top_p": 7}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": -1}),
+    (CHAT, {"messages": [{"role": "user", "content": "long " * 3000}]}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "top_logprobs": 2}),
+    (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "tool_choice": "required"}),
+    ("/v1/completions", {"prompt": "27 + 58", "max_tokens": 5}),
+    ("/v1/completions", {"prompt": ["27 + 58", "1"], "max_tokens": 5, "logprobs": 2}),
+    ("/v1/completions", {"prompt": 1.5}),
+    ("/v1/completions", {"prompt": ""}),
+    ("/v1/responses", {"input": "What is 27 + 58?", "max_output_tokens": 9}),
+    ("/v1/responses", {"input": 5}),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "body"), SAME)
+def test_bodies_are_those_of_vllms_own_server(
+    vllm_engine: VllmEngine, endpoint: str, body: dict[str, Any]
+) -> None:
+    body = {"temperature": 0, "model": "demo"} | body
+    app, loop = vllm_engine._app, vllm_engine._loop
+    assert app is not None
+    assert loop is not None
+
+    async def ask_the_server() -> httpx.Response:
+        transport = httpx.ASGITransport(app.asgi)
+        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
+            return await client.post(endpoint, json=body, timeout=60)
+
+    theirs = loop.run_until_complete(ask_the_server())
+    (ours,) = run(vllm_engine, request(0, endpoint, **body))
+    assert ours.status_code == theirs.status_code
+    assert _without_ids(json.loads(ours.body)) == _without_ids(theirs.json())
+
+
+def _without_ids(value: Any) -> Any:
+    """A body without what differs between any two answers; the keys and their order stay."""
+    if isinstance(value, dict):
+        return [
+            (key, "…" if key in ("id", "created", "created_at") else _without_ids(item))
+            for key, item in value.items()
+        ]
+    if isinstance(value, list):
+        return [_without_ids(item) for item in value]
+    return value
+
+
+def test_embeddings_score_and_rerank_in_a_process_of_their_own(tmp_path: Path) -> None:
+    spec = demo_spec(runner="pooling", convert="embed")
+    engine = EngineHost(spec, log_path=tmp_path / "engine.log")
+    try:
+        info = engine.load()
+        assert set(info.endpoints) == {Endpoint.EMBEDDINGS, Endpoint.SCORE, Endpoint.RERANK}
+        embedded, scored, ranked, wrong, chatted = run(
+            engine,
+            request(0, Endpoint.EMBEDDINGS, input=["What is 27 + 58?", "Paris"]),
+            request(1, Endpoint.SCORE, text_1="Paris", text_2=["Paris", "85"]),
+            request(2, Endpoint.RERANK, query="Paris", documents=["85", "Paris"]),
+            request(3, Endpoint.EMBEDDINGS, input=5.5),
+            chat(4),
+        )
+        assert len(body_of(embedded)["data"]) == 2
+        assert embedded.prompt_tokens == body_of(embedded)["usage"]["prompt_tokens"] > 0
+        assert embedded.completion_tokens == 0
+        assert len(body_of(scored)["data"]) == 2
+        assert body_of(ranked)["results"][0]["index"] == 1
+        assert wrong.status_code == 400
+        assert chatted.status_code == 404
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("source", "engine_args", "words"),
+    [
+        ("/no/such/folder", {}, "no model at"),
+        (str(Path(__file__).parent), {}, "no config.json"),
+        ("nobody/nothing", {}, "no folder 'nobody/nothing'"),
+        (str(DEMO_MODEL), {"max_modell_len": 5}, "unknown engine argument 'max_modell_len'"),
+        (str(DEMO_MODEL), {"max_num_seqs": "many"}, "max-num-seqs"),
+        (
+            str(DEMO_MODEL),
+            {"tool_call_parser": "x", "enable_auto_tool_choice": True},
+            "tool_call_parser 'x'",
+        ),
+        (str(DEMO_MODEL), {"reasoning_parser": "x"}, "reasoning_parser 'x'"),
+        (str(DEMO_MODEL), {"enable_auto_tool_choice": True}, "tool-call-parser"),
+        (str(DEMO_MODEL), {"enable_log_requests": True}, "cannot be set"),
+        (str(DEMO_MODEL), {"max_model_len": 10_000_000}, "max_model_len"),
+    ],
+)
+@pytest.mark.usefixtures("vllm_engine")  # vLLM is imported, and the hub out of reach
+def test_what_cannot_be_loaded_is_said_clearly(
+    source: str, engine_args: dict[str, Any], words: str
+) -> None:
+    spec = demo_spec(**engine_args)
+    if "max_model_len" not in engine_args:
+        spec = demo_spec(**{"max_model_len": 256, **engine_args})
+    engine = VllmEngine(type(spec)(**{**_fields(spec), "source": source}))
+    with pytest.raises(EngineLoadError, match=re.escape(words)) as caught:
+        engine.load()
+    assert not caught.value.retriable
+
+
+def _fields(spec: Any) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in spec.__struct_fields__}
+
+
+def test_an_engine_that_fails_is_dead(
+    vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = vllm_engine._client
+    assert client is not None
+
+    def step() -> list[Any]:
+        raise RuntimeError("the device is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.engine, "step", step)
+        vllm_engine.submit([chat(0)])
+        with pytest.raises(EngineDied, match="the device is gone"):
+            vllm_engine.collect(10.0)
+        with pytest.raises(EngineDied):
+            vllm_engine.collect(0)
+    # Nothing was wrong with the real one: make it fit for other tests again.
+    vllm_engine.cancel([0])
+    client.failure = None
+    client.start()
+    run(vllm_engine, chat(1))
