@@ -22,16 +22,19 @@ import uvicorn
 import uvicorn.config
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
 
 from batch_app import __version__
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError
-from batch_app.routes import errors, native, ops
+from batch_app.routes import batches, errors, openai_files, ops, results
 from batch_app.routes.middleware import LoopbackHosts, RequestIds, is_loopback
 from batch_app.routes.services import Services
 
 #: Seconds that answers under way get at shutdown. Uploads cut off here leave nothing behind.
 SHUTDOWN_S = 8
+#: Seconds that a check of lines gets to finish at shutdown; after that the next start does it anew.
+BACKGROUND_STOP_S = 2.0
 #: How long a thread may hold the interpreter while others wait. The default of 5 ms would make a
 #: status call, which waits for it several times, as slow as the check of an upload beside it.
 SWITCH_INTERVAL_S = 0.0005
@@ -47,7 +50,12 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         _announce(services)
+        background = (services.validation, services.housekeeping)
+        for thread in background:
+            thread.start()
         yield
+        for thread in background:
+            await run_in_threadpool(thread.stop, BACKGROUND_STOP_S)
         services.store.close()
 
     app: FastAPI = FastAPIOffline(
@@ -58,7 +66,10 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.services = services
-    app.include_router(native.router)
+    app.include_router(batches.router)
+    app.include_router(results.router)
+    app.include_router(openai_files.files_router)
+    app.include_router(openai_files.uploads_router)
     app.include_router(ops.router)
     errors.install(app)
     # The last one added is the first one asked.
@@ -78,7 +89,9 @@ def _describe_refusals(app: FastAPI) -> None:
             schema = generate()
             for operations in schema["paths"].values():
                 for operation in operations.values():
-                    operation["responses"].pop("422", None)
+                    refusal = operation["responses"].get("422", {})
+                    if "HTTPValidationError" in str(refusal):
+                        del operation["responses"]["422"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
             app.openapi_schema = schema

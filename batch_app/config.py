@@ -122,6 +122,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Requests kept in flight, as a multiple of the engine's `max_num_seqs`.",
     )
+    max_passed_over_s: float = Field(
+        600.0,
+        ge=0,
+        description="Longest time, in seconds, that a batch may be passed over by younger ones "
+        "for the model that is loaded already; 0 makes the queue plain first in, first out.",
+    )
     engine_start_timeout_s: float = Field(
         1800.0, gt=0, description="Seconds a model may take to load before it counts as failed."
     )

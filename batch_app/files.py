@@ -5,6 +5,7 @@
                    input/FILE.jsonl    input files
                    output/FILE.jsonl   published files; BATCH.EPOCH.jsonl: all lines, in input order
                    logs/BATCH.log      one log a batch
+                   uploads/UPLOAD/PART  a file that arrives in parts
                    work/BATCH/         index and results log of a batch, gone once it is published
 <data_dir>/database/batch_jobs.db      the store, when it is SQLite
 ```
@@ -85,6 +86,10 @@ class DataDir:
     def work_dir(self, batch_id: str) -> Path:
         return self.batches / "work" / batch_id
 
+    def upload_dir(self, upload_id: str) -> Path:
+        """The parts of a file that arrives in parts, each under its id."""
+        return self.batches / "uploads" / upload_id
+
     @property
     def wakeup_file(self) -> Path:
         return self.root / "database" / "queue.signal"
@@ -101,6 +106,7 @@ class DataDir:
             self.batches / "output",
             self.batches / "logs",
             self.batches / "work",
+            self.batches / "uploads",
             self.root / "database",
             self.engine_log_dir,
         ):

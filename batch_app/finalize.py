@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,6 +31,12 @@ class Unfinished:
 
     code: str
     message: str
+
+
+CANCELLED = Unfinished("batch_cancelled", "The batch was cancelled before this request ran.")
+EXPIRED = Unfinished(
+    "batch_expired", "The batch's completion window ended before this request ran."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +133,10 @@ def _record(file_id: str, path: Path, kind: str, batch: Batch, now: datetime) ->
         filename=f"{batch.id}_{kind}.jsonl",
         size_bytes=path.stat().st_size,
         created_at=now,
+        expires_at=(
+            now + timedelta(seconds=batch.output_expires_after_s)
+            if batch.output_expires_after_s
+            else None
+        ),
         owner=batch.owner,
     )

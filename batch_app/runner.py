@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, Dialect, TokenCounts, utc_now
+from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
 from batch_app.engine.base import EngineInfo, Outcome
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
@@ -32,18 +32,18 @@ from batch_app.errors import (
     StorageFull,
 )
 from batch_app.files import DataDir, remove_tree
-from batch_app.finalize import Unfinished, publish
+from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.index import Index
-from batch_app.intake import IntakeRules, index_file
+from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
 from batch_app.planner import Numbers, plan
 from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
-from batch_app.window import Cancelled, Stopped, Window
+from batch_app.validation import intake_rules
+from batch_app.window import Cancelled, Expired, Stopped, Window
 
 RETRY_LOAD_S = 2.0
-CANCELLED = Unfinished("batch_cancelled", "The batch was cancelled before this request ran.")
 
 
 @dataclass(slots=True)
@@ -132,12 +132,7 @@ class Runner:
             return Index.load(folder)
         except IndexUnreadable as error:
             batch_log.write(f"{error.message} Making it anew.")
-        registry = ModelRegistry.load(self._settings.models)
-        rules = IntakeRules(
-            registry=registry,
-            model=batch.model if batch.dialect is Dialect.NATIVE else None,
-            max_line_bytes=self._settings.max_line_bytes,
-        )
+        rules = intake_rules(batch, self._settings, ModelRegistry.load(self._settings.models))
         index_file(self._data.input_file(batch.input_file_id), folder, rules)
         return Index.load(folder)
 
@@ -179,12 +174,19 @@ class _Run:
         status = self._batch.status
         try:
             if status is BatchStatus.RUNNING:
+                self._check(draining=False)
                 self._run_groups()
                 self._move(BatchStatus.FINALIZING)
             self._finish(BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else None)
         except Cancelled:
             self._keeper.flush()
             self._finish(BatchStatus.CANCELLED)
+        except Expired:
+            self._keeper.flush()
+            self._batch_log.write(
+                f"The completion window ({self._batch.completion_window}) is over."
+            )
+            self._finish(BatchStatus.EXPIRED)
         except Stopped:
             self._give_back()
         except (EngineError, ModelNotFound) as error:
@@ -260,6 +262,8 @@ class _Run:
         self._keeper.check()
         if self._keeper.cancel_requested.is_set():
             raise Cancelled
+        if self._batch.expires_at and self._runner._clock() >= self._batch.expires_at:
+            raise Expired
         if self._runner._stop.is_set() and not draining:
             raise Stopped
 
@@ -302,6 +306,8 @@ class _Run:
         unfinished = None
         if to is BatchStatus.CANCELLED:
             unfinished = CANCELLED
+        elif to is BatchStatus.EXPIRED:
+            unfinished = EXPIRED
         elif to is BatchStatus.FAILED:
             unfinished = Unfinished("batch_failed", message or "The batch failed.")
         started = time.monotonic()

@@ -31,6 +31,10 @@ class Cancelled(Exception):
     """Somebody cancelled the batch."""
 
 
+class Expired(Exception):
+    """The batch's completion window is over."""
+
+
 class Check(Protocol):
     """Raises whatever should end the run; `draining` says that `Stopped` is known already."""
 

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,7 @@ import psutil
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.config import Settings, load_settings
-from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.core import Batch, BatchStatus, Choice, Waiting, utc_now
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     BatchAppError,
@@ -35,7 +35,9 @@ from batch_app.errors import (
     StorageFull,
     StoreUnavailable,
 )
+from batch_app.estimates import run_time_s
 from batch_app.files import DataDir, new_id, remove_tree
+from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
 from batch_app.runner import Runner
 from batch_app.store import Store, WorkerRow
@@ -68,12 +70,13 @@ class Worker:
         self._store.migrate()
         ModelRegistry.load(settings.models)  # a registry that can't be read is said at the start
         self._slot = EngineSlot(settings, self._data.engine_log_dir / "engine.log", stop.is_set)
+        self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         self._runner = Runner(
             store=self._store,
             data=self._data,
             settings=settings,
             slot=self._slot,
-            benchmarks=BenchmarkFolder(settings.benchmarks_dir),
+            benchmarks=self._benchmarks,
             stop=stop,
         )
         self._wakeup = WakeupFile(self._data.wakeup_file)
@@ -111,10 +114,26 @@ class Worker:
     def _claim(self) -> Batch | None:
         try:
             self._release_dead_workers()
-            return self._store.claim_next(self.id, self._settings.lease_s, self._clock())
+            now = self._clock()
+            return self._store.claim_next(
+                self.id, self._settings.lease_s, now, pick=lambda waiting: self._pick(waiting, now)
+            )
         except (StoreUnavailable, StorageFull) as error:
             logger.warning("Can't look at the queue: %s", error.message)
             return None
+
+    def _pick(self, waiting: Sequence[Waiting], now: datetime) -> Choice | None:
+        return choose(
+            waiting,
+            loaded_model=self._slot.model,
+            now=now,
+            bound_s=self._settings.max_passed_over_s,
+            run_s=self._expected_run_s,
+        )
+
+    def _expected_run_s(self, batch: Waiting) -> float | None:
+        record = self._benchmarks.latest(batch.model)
+        return None if record is None else run_time_s(batch.num_requests, record)
 
     def _release_dead_workers(self) -> None:
         """A worker of this machine whose process is gone can't object: its batches are free now,

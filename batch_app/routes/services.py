@@ -6,21 +6,28 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from threading import Event
 
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
+from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, utc_now
 from batch_app.errors import NotFound
 from batch_app.estimates import Estimate, estimate, run_time_s
-from batch_app.files import DataDir
+from batch_app.files import DataDir, new_id
+from batch_app.housekeeping import Housekeeping
+from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
-from batch_app.uploads import MAX_BUSY_UPLOADS, UploadServices
+from batch_app.validation import Validation
 
+#: Another server may have left something to do; one's own wakes at once.
+VALIDATION_EVERY_S = 2.0
+HOUSEKEEPING_EVERY_S = 1.0
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
 _WAITING = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
 
@@ -39,6 +46,8 @@ class Services:
     upload_limiter: CapacityLimiter = field(
         default_factory=lambda: CapacityLimiter(MAX_BUSY_UPLOADS)
     )
+    started_at: datetime = field(default_factory=utc_now)
+    _holder: str = field(default_factory=lambda: new_id("server"))
 
     @classmethod
     def open(cls, settings: Settings) -> Services:
@@ -61,6 +70,20 @@ class Services:
         return UploadServices(
             self.settings, self.data, self.store, self.registry, self.upload_limiter, self.clock
         )
+
+    @cached_property
+    def validation(self) -> BackgroundThread:
+        """Checks the lines of new batches. Started and stopped with the app."""
+        work = Validation(
+            self.settings, self.data, self.store, self.registry, self._holder, self.clock
+        )
+        return BackgroundThread("validation", work.run_once, VALIDATION_EVERY_S)
+
+    @cached_property
+    def housekeeping(self) -> BackgroundThread:
+        """Does what is due. Started and stopped with the app."""
+        work = Housekeeping(self.data, self.store, self._holder, self.clock)
+        return BackgroundThread("housekeeping", work.run_once, HOUSEKEEPING_EVERY_S)
 
     # -- estimates -----------------------------------------------------------------------------
 

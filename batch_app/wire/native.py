@@ -7,7 +7,7 @@ of a batch is always sent, null where it is unset.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 from pydantic import BaseModel, ConfigDict
@@ -74,14 +74,6 @@ class BatchBody(_Body):
     estimate: EstimateBody | None
 
 
-class BatchListBody(_Body):
-    """A page of batches, newest first. `has_more`: ask again with `after=<last batch_id>`."""
-
-    batches: list[BatchBody]
-    count: int
-    has_more: bool
-
-
 class ModelBody(_Body):
     """A model of the registry. The figures are null until a first benchmark of it exists."""
 
@@ -93,11 +85,6 @@ class ModelBody(_Body):
     gpu_memory_utilization: float | None
     last_benchmark: str | None
     success_rate: float | None
-
-
-class ModelListBody(_Body):
-    models: list[ModelBody]
-    count: int
 
 
 def percent(done: int, total: int) -> float:
@@ -164,10 +151,6 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
     )
 
 
-def batch_list_body(batches: Sequence[BatchBody], has_more: bool) -> BatchListBody:
-    return BatchListBody(batches=list(batches), count=len(batches), has_more=has_more)
-
-
 def model_body(entry: ModelEntry, record: BenchmarkRecord | None) -> ModelBody:
     if record is None:
         utilization = entry.engine_args.get("gpu_memory_utilization")
@@ -191,7 +174,3 @@ def model_body(entry: ModelEntry, record: BenchmarkRecord | None) -> ModelBody:
         last_benchmark=zulu_time(record.timestamp),
         success_rate=record.results.success_rate,
     )
-
-
-def model_list_body(models: Sequence[ModelBody]) -> ModelListBody:
-    return ModelListBody(models=list(models), count=len(models))

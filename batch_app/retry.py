@@ -1,0 +1,126 @@
+"""Retry: a new batch of those requests of a finished one that did not succeed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+import orjson
+
+from batch_app.batch_log import BatchLog
+from batch_app.config import Settings
+from batch_app.core import Batch, BatchStatus, FilePurpose, StoredFile
+from batch_app.errors import Conflict, NotFound
+from batch_app.files import (
+    DataDir,
+    move_durably,
+    new_id,
+    no_room_is_storage_full,
+    remove_tree,
+    sync_dir,
+    wake_workers,
+)
+from batch_app.intake import index_file
+from batch_app.registry import ModelRegistry
+from batch_app.store import Store
+from batch_app.validation import intake_rules, window_end
+
+
+def retry_batch(
+    store: Store,
+    data: DataDir,
+    settings: Settings,
+    registry: ModelRegistry,
+    batch: Batch,
+    now: datetime,
+) -> Batch:
+    """Queue the failed and the unanswered requests of a finished batch once more.
+
+    Raises:
+        Conflict: it has not finished, has published nothing, or has no failed request.
+        NotFound: its files were deleted.
+        StorageFull: there is no room; nothing remains.
+    """
+    if not batch.is_terminal:
+        raise Conflict(f"Batch {batch.id} has not finished.", code="batch_not_finished")
+    input_path, results_path = data.input_file(batch.input_file_id), data.results_file(batch)
+    if not input_path.exists():
+        raise NotFound(f"The input file of {batch.id} was deleted.", param="batch_id")
+    if not results_path.exists():
+        raise NotFound(f"Batch {batch.id} has no results to go by.", param="batch_id")
+    folder = data.incoming / new_id("retry")
+    leftovers = [folder]
+    try:
+        with no_room_is_storage_full("preparing the retry"):
+            folder.mkdir()
+            source = folder / "input.jsonl"
+            with source.open("wb") as file:
+                file.writelines(_failed_lines(input_path, results_path))
+            if source.stat().st_size == 0:
+                raise Conflict(
+                    f"All requests of {batch.id} succeeded: there is nothing to retry.",
+                    code="nothing_to_retry",
+                )
+            summary = index_file(source, folder, intake_rules(batch, settings, registry))
+            input_file = StoredFile(
+                id=new_id("file"),
+                purpose=FilePurpose.BATCH,
+                filename=f"{batch.id}_retry.jsonl",
+                size_bytes=source.stat().st_size,
+                created_at=now,
+                owner=batch.owner,
+            )
+            again = _fresh(batch, input_file, summary.num_requests, now)
+            leftovers += [data.input_file(input_file.id), data.work_dir(again.id)]
+            move_durably(source, data.input_file(input_file.id))
+            sync_dir(folder)
+            move_durably(folder, data.work_dir(again.id))
+        store.add_batch(again, input_file)
+        leftovers = []
+    finally:
+        for path in leftovers:
+            remove_tree(path)
+        shutil.rmtree(folder, ignore_errors=True)
+    BatchLog(data.log_file(again.id)).write(
+        f"submitted: {summary.num_requests} requests that failed in {batch.id}"
+    )
+    with suppress(OSError):
+        wake_workers(data)
+    return again
+
+
+def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetime) -> Batch:
+    """The same wish as the old batch's, with nothing of what became of that."""
+    return Batch(
+        id=new_id("batch"),
+        dialect=batch.dialect,
+        status=BatchStatus.QUEUED,
+        endpoint=batch.endpoint,
+        model=batch.model,
+        input_file_id=input_file.id,
+        created_at=now,
+        queued_at=now,
+        total=num_requests,
+        completion_window=batch.completion_window,
+        expires_at=window_end(now, batch.completion_window) if batch.expires_at else None,
+        metadata=batch.metadata,
+        owner=batch.owner,
+        priority=batch.priority,
+        retry_of=batch.id,
+        output_expires_after_s=batch.output_expires_after_s,
+    )
+
+
+def _failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:
+    """The input's lines whose result isn't a 200. Both files are in the same order; only the input
+    may have blank lines."""
+    with input_path.open("rb") as inputs, results_path.open("rb") as results:
+        requests = (line for line in inputs if line.strip(b" \t\r\n\xef\xbb\xbf"))
+        for request, raw in zip(requests, results, strict=True):
+            result = orjson.loads(raw)
+            response = result["response"]
+            if response is None or response["status_code"] != 200:
+                yield request.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"

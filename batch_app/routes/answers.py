@@ -1,0 +1,29 @@
+"""What the routes' answers have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from batch_app.wire.errors import ErrorBody
+
+JSONL = "application/jsonl"
+
+
+def json_answer(body: BaseModel) -> Response:
+    """A 200 with this body; pydantic writes it faster than FastAPI would on its own."""
+    return Response(body.model_dump_json(), media_type="application/json")
+
+
+def refusals(*statuses: int, **models: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route for /openapi.json. `on_400=…` names another body than the usual."""
+    return {status: {"model": models.get(f"on_{status}", ErrorBody)} for status in statuses}
+
+
+def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+    """The multipart body of a route for /openapi.json."""
+    schema = {"type": "object", "required": required, "properties": properties}
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -1,0 +1,292 @@
+"""Batches, in both dialects: one set of routes, each batch answered in the dialect it came in.
+
+`?format=native` or `?format=openai` asks for the other view. `POST /v1/batches` is told apart by
+its content type: a form is the native dialect's, JSON the OpenAI one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from batch_app.batch_log import BatchLog
+from batch_app.core import (
+    Batch,
+    BatchStatus,
+    Dialect,
+    Endpoint,
+    FilePurpose,
+    Idempotency,
+)
+from batch_app.errors import BadRequest, Conflict
+from batch_app.files import new_id, remove_tree
+from batch_app.incoming import receive
+from batch_app.retry import retry_batch
+from batch_app.routes.answers import form_schema, json_answer, refusals
+from batch_app.routes.bodies import is_json, read_json
+from batch_app.routes.openai_files import checked_file_id
+from batch_app.routes.services import Services, checked_batch_id, services
+from batch_app.uploads import BatchUpload
+from batch_app.validation import window_end
+from batch_app.wire.batches import BatchListBody, ModelListBody, batch_list_body
+from batch_app.wire.errors import BadLinesBody
+from batch_app.wire.native import (
+    STATUS_NAMES,
+    STATUSES,
+    BatchBody,
+    batch_body,
+    model_body,
+)
+from batch_app.wire.openai import (
+    BatchCreate,
+    OpenAIBatchBody,
+    OpenAIModelBody,
+    openai_batch_body,
+    openai_model_body,
+)
+
+router = APIRouter(tags=["batches"])
+
+MAX_LIMIT = 100
+DEFAULT_LIMIT = 20
+MAX_KEY_CHARS = 255
+AnyBatchBody = BatchBody | OpenAIBatchBody
+
+_ENDPOINTS = tuple(endpoint.value for endpoint in Endpoint)
+_NATIVE_FORM = form_schema(
+    {
+        "file": {
+            "type": "string",
+            "format": "binary",
+            "description": 'JSONL, one request a line: {"custom_id": …, "body": {"messages": […]}}',
+        },
+        "model": {
+            "type": "string",
+            "description": "A model of GET /v1/models, or an alias of one. It runs all requests, "
+            "whatever their bodies say.",
+        },
+    },
+    ["file", "model"],
+)
+_NATIVE_FORM["requestBody"]["content"]["application/json"] = {
+    "schema": BatchCreate.model_json_schema()
+}
+_FORMAT = Query(
+    None, alias="format", description="The dialect of the answer; by default the batch's own."
+)
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+@router.get("/v1/models", response_model=ModelListBody, tags=["models"])
+def list_models(request: Request) -> Response:
+    """The models of the registry, with what was last measured of each."""
+    own = services(request)
+    entries = own.registry.entries
+    native = [model_body(entry, own.benchmarks.latest(entry.name)) for entry in entries]
+    return json_answer(
+        ModelListBody(
+            data=[openai_model_body(entry, own.started_at) for entry in entries],
+            models=native,
+            count=len(native),
+        )
+    )
+
+
+@router.get(
+    "/v1/models/{model:path}",
+    response_model=OpenAIModelBody,
+    responses=refusals(404),
+    tags=["models"],
+)
+def get_model(request: Request, model: str) -> Response:
+    """One model of the registry, by its name or an alias."""
+    own = services(request)
+    return json_answer(openai_model_body(own.registry.get(model), own.started_at))
+
+
+# -- creating --------------------------------------------------------------------------------------
+
+
+@router.post(
+    "/v1/batches",
+    response_model=AnyBatchBody,
+    responses=refusals(400, 404, 413, 415, 422, 503, 507, on_400=BadLinesBody),
+    openapi_extra=_NATIVE_FORM,
+)
+async def create_batch(request: Request) -> Response:
+    """Create a batch: of a form with its file, or of a file uploaded before (JSON)."""
+    own = services(request)
+    if not is_json(request):
+        upload = BatchUpload(own.for_uploads)
+        batch = await receive(upload, dict(request.headers), request.stream())
+        return await run_in_threadpool(_answer, own, batch, None)
+    wish, raw = await read_json(request, BatchCreate)
+    key = request.headers.get("idempotency-key")
+    batch = await run_in_threadpool(_create_from_file, own, wish, _idempotency(key, raw))
+    return await run_in_threadpool(_answer, own, batch, None)
+
+
+def _idempotency(key: str | None, raw: bytes) -> Idempotency | None:
+    if not key:
+        return None
+    if len(key) > MAX_KEY_CHARS:
+        raise BadRequest(
+            f"The Idempotency-Key has more than {MAX_KEY_CHARS} characters.",
+            param="Idempotency-Key",
+        )
+    return Idempotency(key, hashlib.sha256(raw).hexdigest())
+
+
+def _create_from_file(own: Services, wish: BatchCreate, idempotency: Idempotency | None) -> Batch:
+    """The batch is there at once; its lines are checked in the background."""
+    if idempotency is not None:
+        earlier = own.store.batch_of_key(None, idempotency)
+        if earlier is not None:
+            return earlier
+    if wish.endpoint not in _ENDPOINTS:
+        raise BadRequest(f"The endpoint must be one of: {', '.join(_ENDPOINTS)}.", param="endpoint")
+    now = own.clock()
+    expires_at = window_end(now, wish.completion_window)
+    file = own.store.get_file(checked_file_id(wish.input_file_id))
+    if file.purpose is not FilePurpose.BATCH:
+        raise BadRequest(
+            f"File {file.id} has the purpose {file.purpose.value!r}; a batch needs one of the "
+            'purpose "batch".',
+            param="input_file_id",
+        )
+    batch = Batch(
+        id=new_id("batch"),
+        dialect=Dialect.OPENAI,
+        status=BatchStatus.VALIDATING,
+        endpoint=wish.endpoint,
+        model="",
+        input_file_id=file.id,
+        created_at=now,
+        completion_window=wish.completion_window,
+        expires_at=expires_at,
+        metadata=wish.metadata,
+        priority=wish.priority,
+        output_expires_after_s=(
+            wish.output_expires_after.seconds if wish.output_expires_after else None
+        ),
+    )
+    created = own.store.add_batch(batch, idempotency=idempotency)
+    if created.id == batch.id:
+        BatchLog(own.data.log_file(batch.id), clock=own.clock).write(
+            f"submitted: file {file.id}, {file.size_bytes} bytes, endpoint {batch.endpoint}"
+        )
+        own.validation.wake()
+    return created
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+@router.get("/v1/batches", response_model=BatchListBody, responses=refusals(400, 404, 503))
+def list_batches(
+    request: Request,
+    status: str | None = Query(None, description=f"One of: {', '.join(STATUSES)}."),
+    limit: int = Query(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT),
+    after: str | None = Query(None, description="The last id of the page before."),
+) -> Response:
+    """Batches, newest first, the same page in both dialects: `data` and `batches`."""
+    own = services(request)
+    if status is not None and status not in STATUSES:
+        raise BadRequest(
+            f"There is no status {status[:64]!r}. There are: {', '.join(STATUSES)}.",
+            param="status",
+        )
+    page, has_more = own.store.list_batches(
+        limit=limit,
+        after=None if after is None else checked_batch_id(after),
+        statuses=None if status is None else STATUSES[status],
+    )
+    return json_answer(batch_list_body(page, own.estimates(page), has_more))
+
+
+@router.get(
+    "/v1/batches/{batch_id}", response_model=AnyBatchBody, responses=refusals(400, 404, 503)
+)
+def get_batch(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
+    """How far a batch is."""
+    own = services(request)
+    return _answer(own, own.store.get_batch(checked_batch_id(batch_id)), dialect)
+
+
+# -- ending ----------------------------------------------------------------------------------------
+
+
+@router.delete(
+    "/v1/batches/{batch_id}", response_model=AnyBatchBody, responses=refusals(400, 404, 409, 503)
+)
+def cancel_pending_batch(
+    request: Request, batch_id: str, dialect: Dialect | None = _FORMAT
+) -> Response:
+    """Cancel a batch that is still `pending`."""
+    own = services(request)
+    batch_id = checked_batch_id(batch_id)
+    try:
+        batch = own.store.cancel_queued(batch_id, own.clock())
+    except Conflict as conflict:
+        batch = own.store.get_batch(batch_id)
+        if batch.is_terminal:
+            raise Conflict(
+                f"Batch {batch_id} is {STATUS_NAMES[batch.status]}: there is nothing to cancel.",
+                code=conflict.code,
+            ) from None
+        raise Conflict(
+            f"Batch {batch_id} is running; DELETE cancels only pending ones. "
+            f"POST /v1/batches/{batch_id}/cancel stops it and keeps the results so far.",
+            code=conflict.code,
+        ) from None
+    remove_tree(own.data.work_dir(batch.id))
+    _log(own, batch, "cancelled before it started")
+    return _answer(own, batch, dialect)
+
+
+@router.post(
+    "/v1/batches/{batch_id}/cancel",
+    response_model=AnyBatchBody,
+    responses=refusals(400, 404, 409, 503),
+)
+def cancel_batch(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
+    """Cancel a batch, also one that runs: it ends soon after and keeps the results so far."""
+    own = services(request)
+    batch = own.store.request_cancel(checked_batch_id(batch_id), own.clock())
+    if batch.status is BatchStatus.CANCELLING:
+        _log(own, batch, "cancel requested")
+        own.housekeeping.wake()
+    return _answer(own, batch, dialect)
+
+
+@router.post(
+    "/v1/batches/{batch_id}/retry",
+    response_model=AnyBatchBody,
+    responses=refusals(400, 404, 409, 503, 507),
+)
+def retry(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
+    """Run the requests of a finished batch that did not succeed once more, as a new batch."""
+    own = services(request)
+    batch = own.store.get_batch(checked_batch_id(batch_id))
+    again = retry_batch(own.store, own.data, own.settings, own.registry, batch, own.clock())
+    return _answer(own, again, dialect)
+
+
+def _log(own: Services, batch: Batch, message: str) -> None:
+    BatchLog(own.data.log_file(batch.id), clock=own.clock).write(message)
+
+
+def _answer(own: Services, batch: Batch, dialect: Dialect | None) -> Response:
+    estimate = own.estimate(batch)
+    body: BaseModel
+    if (dialect or batch.dialect) is Dialect.OPENAI:
+        body = openai_batch_body(batch, estimate)
+    else:
+        body = batch_body(batch, estimate)
+    return json_answer(body)

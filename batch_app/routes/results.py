@@ -1,0 +1,129 @@
+"""A batch's results and its log: the downloads of the usage guide, for batches of both dialects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from fastapi import APIRouter, Query, Request
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from batch_app.core import Batch
+from batch_app.errors import BadRequest, Conflict, NotFound
+from batch_app.results import iter_results
+from batch_app.routes.answers import JSONL, refusals
+from batch_app.routes.downloads import (
+    ResultFilter,
+    follow_log,
+    in_blocks,
+    lines_of_file,
+    log_blocks,
+    selected,
+)
+from batch_app.routes.services import Services, checked_batch_id, services
+from batch_app.wire.native import STATUS_NAMES
+
+router = APIRouter(tags=["batches"])
+
+MAX_TAIL_LINES = 100_000
+
+
+def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
+    own = services(request)
+    return own, own.store.get_batch(checked_batch_id(batch_id))
+
+
+@router.get(
+    "/v1/batches/{batch_id}/results",
+    response_class=Response,
+    responses={
+        200: {
+            "description": "One line a request, in input order once the batch has finished. "
+            "`x-results-complete: false`: it has not, and these are the results so far.",
+            "content": {JSONL: {"schema": {"type": "string"}}},
+        },
+        **refusals(400, 404, 409, 503),
+    },
+)
+def get_results(
+    request: Request,
+    batch_id: str,
+    status: str | None = Query(None, description="`failed` or `completed`: only those lines."),
+) -> Response:
+    """The results: all of them when the batch has finished, else those so far."""
+    own, batch = _batch(request, batch_id)
+    wanted = _result_filter(status)
+    filename = f"{batch.id}_results.jsonl"
+    headers = {"content-disposition": f'attachment; filename="{filename}"'}
+    if not batch.is_terminal:
+        lines = _results_so_far(own, batch)
+        if lines is not None:
+            headers["x-results-complete"] = "false"
+            content = in_blocks(selected(lines, wanted))
+            return StreamingResponse(content, headers=headers, media_type=JSONL)
+        batch = own.store.get_batch(batch.id)
+    path = own.data.results_file(batch)
+    if not path.is_file():
+        raise NotFound(
+            f"Batch {batch.id} has no results: it is {STATUS_NAMES[batch.status]}"
+            f"{f' ({batch.error_message})' if batch.error_message else ''}."
+        )
+    headers["x-results-complete"] = "true"
+    if wanted is None:
+        return FileResponse(path, headers=headers, media_type=JSONL)
+    content = in_blocks(selected(lines_of_file(path), wanted))
+    return StreamingResponse(content, headers=headers, media_type=JSONL)
+
+
+def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
+    """The lines of a batch that runs; None where it has just been published and has moved."""
+    if batch.started_at is None:
+        raise Conflict(
+            f"Batch {batch.id} is pending: no request has run yet, so there are no results.",
+            code="no_results_yet",
+        )
+    work_dir = own.data.work_dir(batch.id)
+    lines = iter_results(work_dir)
+    try:
+        first = next(lines, None)  # the files are open from here on
+    except FileNotFoundError:
+        return None
+    if first is None:
+        return iter(()) if work_dir.is_dir() else None
+    return chain([first], lines)
+
+
+def _result_filter(status: str | None) -> ResultFilter | None:
+    if status is None:
+        return None
+    try:
+        return ResultFilter(status)
+    except ValueError:
+        raise BadRequest(
+            f"There is no result status {status[:64]!r}. There are: {', '.join(ResultFilter)}.",
+            param="status",
+        ) from None
+
+
+@router.get(
+    "/v1/batches/{batch_id}/logs",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        **refusals(400, 404, 503),
+    },
+)
+def get_logs(
+    request: Request,
+    batch_id: str,
+    tail: int | None = Query(None, ge=0, le=MAX_TAIL_LINES, description="Only so many last lines."),
+    follow: bool = Query(False, description="Go on until the batch has finished."),
+) -> Response:
+    """The batch's log, for a person to read."""
+    own, batch = _batch(request, batch_id)
+    path = own.data.log_file(batch.id)
+    headers = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+    if follow:
+        content = follow_log(own, batch, path, tail)
+        return StreamingResponse(content, headers=headers, media_type="text/plain")
+    return StreamingResponse(log_blocks(path, tail), headers=headers, media_type="text/plain")

@@ -1,0 +1,131 @@
+"""Validation: the background check of batches that were created from a file already uploaded.
+
+One thread in each API server. A batch in `validating` is claimed by lease like any other, so that
+several servers share the work and a crash only delays it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from batch_app.batch_log import BatchLog
+from batch_app.config import Settings
+from batch_app.core import Batch, BatchStatus, Dialect, LineError, utc_now
+from batch_app.errors import (
+    BadLines,
+    BadRequest,
+    Conflict,
+    LeaseLost,
+    StorageFull,
+)
+from batch_app.files import DataDir, move_durably, new_id, remove_tree, wake_workers
+from batch_app.intake import IntakeRules, IntakeSummary, index_file
+from batch_app.registry import ModelRegistry
+from batch_app.store import Store
+
+#: Checking a file of a few gigabytes takes minutes; a dead server's are picked up after this.
+LEASE_S = 900.0
+LONGEST_WINDOW_S = 366 * 86400
+
+
+def intake_rules(batch: Batch, settings: Settings, registry: ModelRegistry) -> IntakeRules:
+    """What the lines of this batch's file are held to."""
+    native = batch.dialect is Dialect.NATIVE
+    return IntakeRules(
+        registry=registry,
+        model=batch.model if native else None,
+        endpoint=None if native else batch.endpoint,
+        max_line_bytes=settings.max_line_bytes,
+        max_requests=settings.max_requests_per_batch,
+        max_errors=settings.max_line_errors,
+    )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Checks batches in `validating`, oldest first."""
+
+    settings: Settings
+    data: DataDir
+    store: Store
+    registry: ModelRegistry
+    holder: str
+    clock: Callable[[], datetime] = utc_now
+
+    def run_once(self) -> bool:
+        """Check one batch, if one waits for it. Returns whether one did.
+
+        Raises StoreUnavailable, StorageFull: the batch is checked again later.
+        """
+        batch = self.store.claim_to_validate(self.holder, LEASE_S, self.clock())
+        if batch is None:
+            return False
+        log = BatchLog(self.data.log_file(batch.id), clock=self.clock)
+        try:
+            summary = self._check(batch)
+        except BadLines as refusal:
+            self._refuse(batch, refusal, log)
+            return True
+        except StorageFull:
+            self.store.release(batch)
+            raise
+        with suppress(LeaseLost, Conflict):  # cancelled meanwhile
+            self.store.transition(
+                batch,
+                BatchStatus.QUEUED,
+                self.clock(),
+                total=summary.num_requests,
+                model=summary.models[0],
+                lease_owner=None,
+                lease_expires_at=None,
+            )
+            log.write(
+                f"checked: {summary.num_requests} requests, "
+                f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
+            )
+            wake_workers(self.data)
+        return True
+
+    def _check(self, batch: Batch) -> IntakeSummary:
+        """Index the file beside its place, so that a crash leaves no half of an index."""
+        folder = self.data.incoming / new_id("index")
+        folder.mkdir()
+        try:
+            rules = intake_rules(batch, self.settings, self.registry)
+            summary = index_file(self.data.input_file(batch.input_file_id), folder, rules)
+            work_dir = self.data.work_dir(batch.id)
+            remove_tree(work_dir)
+            move_durably(folder, work_dir)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return summary
+
+    def _refuse(self, batch: Batch, refusal: BadLines, log: BatchLog) -> None:
+        errors = tuple(refusal.errors) or (LineError(refusal.code, refusal.message),)
+        with suppress(LeaseLost, Conflict):
+            self.store.transition(
+                batch,
+                BatchStatus.FAILED,
+                self.clock(),
+                errors=errors,
+                error_message=refusal.message,
+            )
+            log.write(f"refused: {refusal.num_errors} errors; the first in line {errors[0].line}")
+
+
+def window_end(created_at: datetime, completion_window: str) -> datetime:
+    """When a completion window (`24h`, `90m`, `7d`) that begins now ends. Raises BadRequest."""
+    unit = {"m": 60, "h": 3600, "d": 86400}.get(completion_window[-1:])
+    number = completion_window[:-1]
+    usable = unit is not None and number.isascii() and number.isdecimal() and len(number) <= 6
+    if unit is None or not usable or not 1 <= int(number) * unit <= LONGEST_WINDOW_S:
+        raise BadRequest(
+            'The completion_window must be a number of minutes, hours or days, up to a year: "24h",'
+            ' "90m", "7d".',
+            param="completion_window",
+        )
+    return created_at + timedelta(seconds=int(number) * unit)

@@ -1,0 +1,302 @@
+"""The OpenAI dialect: its objects, made from what the core knows. All times are Unix seconds.
+
+The pydantic models are the shapes, for the answers and for /openapi.json alike. Optional fields are
+sent as null where they are unset, as the SDK's types allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from batch_app.core import (
+    Batch,
+    BatchStatus,
+    FilePurpose,
+    StoredFile,
+    Upload,
+    UploadPart,
+    UploadStatus,
+)
+from batch_app.estimates import Estimate
+from batch_app.registry import ModelEntry
+from batch_app.wire.errors import LineErrorBody
+from batch_app.wire.native import EstimateBody, ProgressBody, estimate_body, percent
+
+#: How the dialect calls each state.
+STATUS_NAMES: Mapping[BatchStatus, str] = {
+    **{status: status.value for status in BatchStatus},
+    BatchStatus.QUEUED: "in_progress",
+    BatchStatus.RUNNING: "in_progress",
+}
+MAX_METADATA_PAIRS = 16
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(protected_namespaces=())
+
+
+# -- what comes in ---------------------------------------------------------------------------------
+
+
+class ExpiresAfter(_Body):
+    """How long files are kept: from an hour to thirty days."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=2592000)
+
+
+MetadataKey = Annotated[str, StringConstraints(max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_METADATA_PAIRS)]
+
+
+class BatchCreate(_Body):
+    """The body of `POST /v1/batches`. `priority` is this server's own: higher goes first."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = "24h"
+    metadata: Metadata | None = None
+    output_expires_after: ExpiresAfter | None = None
+    priority: int = Field(0, ge=-100, le=100)
+
+
+class UploadCreate(_Body):
+    """The body of `POST /v1/uploads`."""
+
+    filename: str = Field(min_length=1, max_length=512)
+    purpose: str
+    bytes: int = Field(ge=1)
+    mime_type: str = Field(max_length=255)
+    expires_after: ExpiresAfter | None = None
+
+
+class UploadComplete(_Body):
+    """The body of `POST /v1/uploads/{id}/complete`. `md5`: of the whole file, in hex."""
+
+    part_ids: list[str]
+    md5: str | None = None
+
+
+# -- what goes out ---------------------------------------------------------------------------------
+
+
+class FileBody(_Body):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["uploaded", "processed", "error"] = "processed"
+    status_details: str | None = None
+
+
+class FileListBody(_Body):
+    object: Literal["list"] = "list"
+    data: list[FileBody]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFileBody(_Body):
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class UploadBody(_Body):
+    id: str
+    object: Literal["upload"] = "upload"
+    bytes: int
+    created_at: int
+    expires_at: int
+    filename: str
+    purpose: str
+    status: str
+    file: FileBody | None
+
+
+class PartBody(_Body):
+    id: str
+    object: Literal["upload.part"] = "upload.part"
+    created_at: int
+    upload_id: str
+
+
+class RequestCountsBody(_Body):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchErrorsBody(_Body):
+    object: Literal["list"] = "list"
+    data: list[LineErrorBody]
+
+
+class InputDetailsBody(_Body):
+    cached_tokens: int
+
+
+class OutputDetailsBody(_Body):
+    reasoning_tokens: int
+
+
+class UsageBody(_Body):
+    input_tokens: int
+    input_tokens_details: InputDetailsBody
+    output_tokens: int
+    output_tokens_details: OutputDetailsBody
+    total_tokens: int
+
+
+class OpenAIBatchBody(_Body):
+    """A batch. `progress`, `estimate`, `priority` and `retry_of` are this server's own."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    model: str | None
+    errors: BatchErrorsBody | None
+    input_file_id: str
+    completion_window: str
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCountsBody
+    usage: UsageBody | None
+    metadata: dict[str, str] | None
+    progress: ProgressBody
+    estimate: EstimateBody | None
+    priority: int
+    retry_of: str | None
+
+
+class OpenAIModelBody(_Body):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "vllm-batch-server"
+
+
+def unix(moment: datetime | None) -> int | None:
+    """Unix seconds; null stays null."""
+    return None if moment is None else int(moment.timestamp())
+
+
+def _unix(moment: datetime) -> int:
+    return int(moment.timestamp())
+
+
+def file_body(file: StoredFile) -> FileBody:
+    return FileBody(
+        id=file.id,
+        bytes=file.size_bytes,
+        created_at=_unix(file.created_at),
+        expires_at=unix(file.expires_at),
+        filename=file.filename,
+        purpose=file.purpose.value,
+    )
+
+
+def file_list_body(files: Sequence[StoredFile], has_more: bool) -> FileListBody:
+    return FileListBody(
+        data=[file_body(file) for file in files],
+        first_id=files[0].id if files else None,
+        last_id=files[-1].id if files else None,
+        has_more=has_more,
+    )
+
+
+def upload_body(upload: Upload, file: StoredFile | None = None) -> UploadBody:
+    return UploadBody(
+        id=upload.id,
+        bytes=upload.size_bytes,
+        created_at=_unix(upload.created_at),
+        expires_at=_unix(upload.expires_at),
+        filename=upload.filename,
+        purpose=upload.purpose.value,
+        status=upload.status.value,
+        file=file_body(file) if file and upload.status is UploadStatus.COMPLETED else None,
+    )
+
+
+def part_body(part: UploadPart) -> PartBody:
+    return PartBody(id=part.id, created_at=_unix(part.created_at), upload_id=part.upload_id)
+
+
+def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIBatchBody:
+    progress, tokens = batch.progress, batch.progress.tokens
+    errors = [LineErrorBody.model_validate(error) for error in batch.errors]
+    return OpenAIBatchBody(
+        id=batch.id,
+        endpoint=batch.endpoint,
+        model=batch.model or None,
+        errors=BatchErrorsBody(data=errors) if errors else None,
+        input_file_id=batch.input_file_id,
+        completion_window=batch.completion_window,
+        status=STATUS_NAMES[batch.status],
+        output_file_id=batch.output_file_id,
+        error_file_id=batch.error_file_id,
+        created_at=_unix(batch.created_at),
+        in_progress_at=unix(batch.queued_at),
+        expires_at=unix(batch.expires_at),
+        finalizing_at=unix(batch.finalizing_at),
+        completed_at=unix(batch.completed_at),
+        failed_at=unix(batch.failed_at),
+        expired_at=unix(batch.expired_at),
+        cancelling_at=unix(batch.cancelling_at),
+        cancelled_at=unix(batch.cancelled_at),
+        request_counts=RequestCountsBody(
+            total=batch.total, completed=progress.completed, failed=progress.failed
+        ),
+        usage=(
+            UsageBody(
+                input_tokens=tokens.prompt_tokens,
+                input_tokens_details=InputDetailsBody(cached_tokens=tokens.cached_tokens),
+                output_tokens=tokens.completion_tokens,
+                output_tokens_details=OutputDetailsBody(reasoning_tokens=tokens.reasoning_tokens),
+                total_tokens=tokens.total_tokens,
+            )
+            if progress.done
+            else None
+        ),
+        metadata=dict(batch.metadata) if batch.metadata is not None else None,
+        progress=ProgressBody(
+            total=batch.total,
+            completed=progress.completed,
+            failed=progress.failed,
+            percent=percent(progress.done, batch.total),
+        ),
+        estimate=estimate_body(estimate),
+        priority=batch.priority,
+        retry_of=batch.retry_of,
+    )
+
+
+def openai_model_body(entry: ModelEntry, since: datetime) -> OpenAIModelBody:
+    """`since`: when the server began to offer it."""
+    return OpenAIModelBody(id=entry.name, created=_unix(since))
+
+
+def as_purpose(name: str) -> FilePurpose | None:
+    """The purpose of this name; None where no file here can have it."""
+    return next((purpose for purpose in FilePurpose if purpose == name), None)
