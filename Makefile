@@ -1,9 +1,6 @@
 # Every target runs from the repository root, also under `make -C dir`.
 # The environment lives in .venv; `setup` makes it and does nothing when nothing changed.
 
-# The last line on standard output belongs to the target, also under `make -C`.
-MAKEFLAGS += --no-print-directory
-
 PYTHON_IN_VENV := .venv/bin/python
 
 .DEFAULT_GOAL := help
