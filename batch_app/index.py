@@ -117,11 +117,11 @@ class Index:
                     f"The index in {folder.name} is of version {header['version']}."
                 )
             records = np.fromfile(folder / "index.bin", dtype=DTYPE)
-        except (OSError, ValueError, KeyError) as error:
+            if len(records) != header["num_requests"]:
+                raise IndexUnreadable(
+                    f"The index in {folder.name} has {len(records)} records of "
+                    f"{header['num_requests']}."
+                )
+            return cls(records, tuple(header["models"]), tuple(header["endpoints"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise IndexUnreadable(f"The index in {folder.name} can't be read: {error}") from error
-        if len(records) != header["num_requests"]:
-            raise IndexUnreadable(
-                f"The index in {folder.name} has {len(records)} records of "
-                f"{header['num_requests']}."
-            )
-        return cls(records, tuple(header["models"]), tuple(header["endpoints"]))
