@@ -1,0 +1,227 @@
+"""The main job on the real engine: the guide's calls, and kills in the middle of a batch."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import demo_tasks
+import orjson
+import pytest
+import requests
+
+from support.site import REPO, Site, engine_pid, kill_tree
+from support.waiting import wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+NUM_REQUESTS = 2000
+#: Few at a time, so that there is a middle to kill it in.
+REGISTRY = f"""
+[[model]]
+name = "demo"
+source = "{REPO / "models" / "demo"}"
+[model.engine_args]
+max_model_len = 2048
+enforce_eager = true
+max_num_seqs = 24
+"""
+
+
+class Server:
+    """An API server process that can be killed and started again on the same port."""
+
+    def __init__(self, site: Site, root: Path) -> None:
+        self._site = site
+        self._root = root
+        self.port = 0
+        self.process = self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> subprocess.Popen[bytes]:
+        settings = self._site.settings
+        out = self._root / "api.out"
+        begin = out.stat().st_size if out.exists() else 0
+        command = [sys.executable, "-m", "batch_app.api_server", "--port", str(self.port)]
+        command += ["--data-dir", str(settings.data_dir), "--models", str(settings.models)]
+        with out.open("ab") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self._root,
+                env=os.environ
+                | {
+                    "PYTHONPATH": str(REPO),
+                    "VLLM_BATCH_BENCHMARKS_DIR": str(settings.benchmarks_dir),
+                },
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+        def listening() -> re.Match[str] | None:
+            assert self.process.poll() is None, out.read_text()
+            return re.search(r"running on http://127.0.0.1:(\d+)", out.read_text()[begin:])
+
+        found = wait_for(listening, timeout_s=60, what="the API server listens")
+        assert found
+        self.port = int(found[1])
+        return self.process
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"{self.url}{path}", timeout=30)
+
+    def status(self, batch_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.get(f"/v1/batches/{batch_id}").json()
+        return answer
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("main-job")
+
+
+@pytest.fixture(scope="module")
+def site(root: Path) -> Iterator[Site]:
+    """One for all these tests: loading the model is what takes the time."""
+    site = Site(root, poll_interval_s=0.5, lease_s=10.0)
+    site.settings.models.write_text(REGISTRY)
+    yield site
+    site.close()
+
+
+@pytest.fixture(scope="module")
+def server(site: Site, root: Path) -> Iterator[Server]:
+    server = Server(site, root)
+    yield server
+    kill_tree(server.process.pid)
+    server.process.wait(timeout=10)
+
+
+def ensure_worker(site: Site) -> None:
+    """Start a worker unless the test before has left one running."""
+    if not site.store.list_workers():
+        site.start_worker()
+
+
+def submit(server: Server, path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        answer = requests.post(
+            f"{server.url}/v1/batches", files={"file": file}, data={"model": "demo"}, timeout=60
+        )
+    assert answer.status_code == 200, answer.text
+    batch: dict[str, Any] = answer.json()
+    return batch
+
+
+def assert_all_right(lines: list[dict[str, Any]], questions: list[dict[str, Any]]) -> None:
+    """Each id once, in the input's order, and each with the answer to its own question."""
+    assert [line["custom_id"] for line in lines] == [line["custom_id"] for line in questions]
+    wrong = 0
+    for line, question in zip(lines, questions, strict=True):
+        assert line["response"]["status_code"] == 200
+        said = line["response"]["body"]["choices"][0]["message"]["content"]
+        asked = question["body"]["messages"][-1]["content"]
+        wrong += said.strip() != demo_tasks.expected_answer(asked)
+    assert wrong <= len(questions) // 100  # the model's own mistakes, if it makes any
+
+
+def test_a_batch_survives_the_death_of_every_process(
+    site: Site, server: Server, tmp_path: Path
+) -> None:
+    questions = list(demo_tasks.make_requests(NUM_REQUESTS, seed=7))
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
+    batch_id = submit(server, path)["batch_id"]
+    worker = site.start_worker()
+
+    site.wait_for_progress(batch_id, NUM_REQUESTS // 10, timeout_s=120)
+    os.kill(engine_pid(worker.pid), signal.SIGKILL)
+    wait_for(lambda: "Starting the engine again" in site.log(batch_id))
+
+    site.wait_for_progress(batch_id, NUM_REQUESTS * 3 // 10, timeout_s=120)
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.wait(timeout=10)
+    worker = site.start_worker()
+
+    site.wait_for_progress(batch_id, NUM_REQUESTS // 2, timeout_s=120)
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait(timeout=10)
+    server.start()
+    assert server.status(batch_id)["progress"]["completed"] >= NUM_REQUESTS // 2
+
+    site.wait_until_done(batch_id, timeout_s=240)
+    status = server.status(batch_id)
+    assert status["status"] == "completed"
+    assert status["progress"] == {
+        "total": NUM_REQUESTS,
+        "completed": NUM_REQUESTS,
+        "failed": 0,
+        "percent": 100.0,
+    }
+    lines = [orjson.loads(line) for line in server.get(status["results_url"]).iter_lines()]
+    assert_all_right(lines, questions)
+
+    # What was measured is shown, and the next estimate rests on it.
+    (model,) = server.get("/v1/models").json()["models"]
+    assert model["throughput_tokens_per_sec"] > 0
+    again = submit(server, REPO / "batch_100_real.jsonl")
+    assert "demo" in again["estimate"]["based_on_benchmark"]
+    log = server.get(f"/v1/batches/{batch_id}/logs").text
+    assert "What is" not in log
+
+
+def test_the_shipped_example_runs_with_the_guides_script(
+    site: Site, server: Server, tmp_path: Path
+) -> None:
+    """The guide's Python script, with this server's address, the demo model and a shorter nap."""
+    ensure_worker(site)
+    guide = f"""
+import requests, time
+with open({str(REPO / "batch_100_real.jsonl")!r}, 'rb') as f:
+    response = requests.post(
+        '{server.url}/v1/batches', files={{'file': f}}, data={{'model': 'demo'}}
+    )
+batch_id = response.json()['batch_id']
+while True:
+    status = requests.get(f'{server.url}/v1/batches/{{batch_id}}').json()
+    if status['status'] in ['completed', 'failed']:
+        break
+    time.sleep(0.2)
+if status['status'] == 'completed':
+    results = requests.get(f'{server.url}/v1/batches/{{batch_id}}/results')
+    with open('results.jsonl', 'wb') as f:
+        f.write(results.content)
+"""
+    subprocess.run([sys.executable, "-c", guide], cwd=tmp_path, check=True, timeout=180)
+    results = (tmp_path / "results.jsonl").read_bytes().splitlines()
+    questions = (REPO / "batch_100_real.jsonl").read_bytes().splitlines()
+    assert_all_right([orjson.loads(x) for x in results], [orjson.loads(x) for x in questions])
+
+
+def test_a_prompt_too_long_for_the_model_fails_alone(
+    site: Site, server: Server, tmp_path: Path
+) -> None:
+    questions = list(demo_tasks.make_requests(20, seed=3))
+    questions[5]["body"]["messages"][0]["content"] = "very long " * 3000
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
+    batch_id = submit(server, path)["batch_id"]
+    ensure_worker(site)
+    site.wait_until_done(batch_id, timeout_s=180)
+    assert server.status(batch_id)["progress"]["failed"] == 1
+    lines = site.results(batch_id)
+    bad = lines.pop(5)
+    questions.pop(5)
+    assert bad["response"]["status_code"] == 400
+    assert "context length" in bad["response"]["body"]["error"]["message"]
+    assert_all_right(lines, questions)
+    assert "very long" not in site.log(batch_id)
