@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from batch_app.core import FilePurpose, StoredFile, Upload, UploadPart
-from batch_app.errors import BadRequest
+from batch_app.errors import BadRequest, Conflict
 from batch_app.files import (
     DataDir,
     atomic_writer,
@@ -21,6 +20,9 @@ from batch_app.incoming import Incoming, UploadServices
 COPY_BYTES = 1 << 20
 #: Seconds that a file may be set to live: an hour to thirty days.
 SHORTEST_LIFE_S, LONGEST_LIFE_S = 3600, 30 * 86400
+#: How often all bytes of an upload may arrive: a client whose answer was lost sends a part again,
+#: the OpenAI SDK up to twice by itself.
+MAX_COPIES = 3
 
 
 def checked_purpose(purpose: str | None) -> FilePurpose:
@@ -91,10 +93,11 @@ class PartUpload(Incoming[UploadPart]):
     def _accept(self) -> UploadPart:
         services, upload = self.services, self._upload
         arrived = services.store.size_of_parts(upload.id)
-        if arrived + self._size_bytes > upload.size_bytes:
+        size_bytes, limit = self._size_bytes, upload.size_bytes
+        if size_bytes > limit or arrived + size_bytes > MAX_COPIES * limit:
             raise BadRequest(
-                f"With this part the upload would have {arrived + self._size_bytes} bytes; "
-                f"{upload.size_bytes} were announced.",
+                f"With this part the upload would have {arrived + size_bytes} bytes; "
+                f"{limit} were announced.",
                 param="data",
             )
         part = UploadPart(new_id("part"), upload.id, self._size_bytes, services.clock())
@@ -103,7 +106,11 @@ class PartUpload(Incoming[UploadPart]):
         with no_room_is_storage_full("receiving the upload"):
             path.parent.mkdir(exist_ok=True)
             move_durably(self._path, path)
-        services.store.add_part(part)
+        try:
+            services.store.add_part(part)
+        except Conflict:  # it ended meanwhile: nobody else would remove the folder
+            self._leftovers.append(path.parent)
+            raise
         self._leftovers = [self._folder]
         return part
 
@@ -120,6 +127,7 @@ def assemble(
 
     Raises:
         BadRequest: the parts don't make up what was announced (size, or `md5`, in hex).
+        FileNotFoundError: the upload ended meanwhile, and its parts are gone.
         StorageFull: there is no room for the file beside its parts.
     """
     num_bytes = sum(part.size_bytes for part in parts)
@@ -142,8 +150,6 @@ def assemble(
                 "or the order is wrong.",
                 param="md5",
             )
-        target.flush()
-        os.fsync(target.fileno())
     life_s = upload.file_expires_after_s
     return StoredFile(
         id=file_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, Response
 
 from batch_app.core import FilePurpose, StoredFile, Upload, UploadPart, UploadStatus
-from batch_app.errors import BadRequest, NotFound, TooLarge
+from batch_app.errors import BadRequest, Conflict, NotFound, TooLarge
 from batch_app.file_uploads import FileUpload, PartUpload, assemble, checked_purpose
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.housekeeping import remove_bytes
@@ -22,11 +23,13 @@ from batch_app.multipart import clean_filename
 from batch_app.routes.answers import JSONL, form_schema, json_answer, refusals
 from batch_app.routes.bodies import read_json
 from batch_app.routes.services import Services, services
+from batch_app.store import require_pending
 from batch_app.wire.openai import (
     DeletedFileBody,
     FileBody,
     FileListBody,
     PartBody,
+    PartListBody,
     UploadBody,
     UploadComplete,
     UploadCreate,
@@ -34,6 +37,7 @@ from batch_app.wire.openai import (
     file_body,
     file_list_body,
     part_body,
+    part_list_body,
     upload_body,
 )
 
@@ -168,6 +172,19 @@ def _upload(own: Services, upload_id: str) -> Upload:
     return own.store.get_upload(upload_id, own.clock())
 
 
+def _pending_upload(own: Services, upload_id: str) -> Upload:
+    upload = _upload(own, upload_id)
+    require_pending(upload)
+    return upload
+
+
+def _file_of(own: Services, upload: Upload) -> StoredFile | None:
+    """What a completed upload became, unless that was deleted since."""
+    with suppress(NotFound):
+        return own.store.get_file(upload.file_id) if upload.file_id else None
+    return None
+
+
 @uploads_router.post(
     "/v1/uploads",
     response_model=UploadBody,
@@ -200,14 +217,24 @@ async def create_upload(request: Request) -> Response:
 
 
 @uploads_router.get(
-    "/v1/uploads/{upload_id}/parts",
-    responses=refusals(400, 404, 503),
-    response_model=list[PartBody],
+    "/v1/uploads/{upload_id}", response_model=UploadBody, responses=refusals(400, 404, 503)
 )
-def list_parts(request: Request, upload_id: str) -> list[PartBody]:
+def get_upload(request: Request, upload_id: str) -> Response:
+    """What is known of an upload. Our own addition."""
+    own = services(request)
+    upload = _upload(own, upload_id)
+    return json_answer(upload_body(upload, _file_of(own, upload)))
+
+
+@uploads_router.get(
+    "/v1/uploads/{upload_id}/parts",
+    response_model=PartListBody,
+    responses=refusals(400, 404, 503),
+)
+def list_parts(request: Request, upload_id: str) -> Response:
     """The parts that have arrived: whoever was cut off sends the others. Our own addition."""
     own = services(request)
-    return [part_body(part) for part in own.store.get_parts(_upload(own, upload_id).id)]
+    return json_answer(part_list_body(own.store.get_parts(_upload(own, upload_id).id)))
 
 
 @uploads_router.post(
@@ -219,7 +246,7 @@ def list_parts(request: Request, upload_id: str) -> list[PartBody]:
 async def add_part(request: Request, upload_id: str) -> Response:
     """Add a part, of at most 64 MiB. Parts may arrive in any order, and side by side."""
     own = services(request)
-    upload = await run_in_threadpool(_upload, own, upload_id)
+    upload = await run_in_threadpool(_pending_upload, own, upload_id)
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > MAX_PART_BYTES + (1 << 16):
         raise TooLarge(f"A part has at most {MAX_PART_BYTES} bytes.", param="data")
@@ -244,9 +271,10 @@ async def complete_upload(request: Request, upload_id: str) -> Response:
 
 def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody:
     upload = _upload(own, upload_id)
-    if upload.status is UploadStatus.COMPLETED and upload.file_id:
+    if upload.status is UploadStatus.COMPLETED:
         # Asked again because the first answer was lost: it is the same file.
-        return upload_body(upload, own.store.get_file(upload.file_id))
+        return upload_body(upload, _file_of(own, upload))
+    require_pending(upload)
     known = {part.id: part for part in own.store.get_parts(upload.id)}
     unknown = next((part_id for part_id in wish.part_ids if part_id not in known), None)
     if unknown is not None:
@@ -254,7 +282,14 @@ def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody
     if len(set(wish.part_ids)) != len(wish.part_ids):
         raise BadRequest("A part is named twice.", param="part_ids")
     parts = [known[part_id] for part_id in wish.part_ids]
-    file = assemble(own.data, upload, parts, md5=wish.md5, now=own.clock())
+    try:
+        file = assemble(own.data, upload, parts, md5=wish.md5, now=own.clock())
+    except FileNotFoundError:
+        # It ended meanwhile, most likely.
+        require_pending(_upload(own, upload_id))
+        raise Conflict(
+            f"Parts of {upload_id} are gone: begin a new upload.", code="upload_not_pending"
+        ) from None
     completed = False
     try:
         upload = own.store.complete_upload(upload.id, file)

@@ -124,7 +124,7 @@ class FileStore(Transactions):
     def add_part(self, part: UploadPart) -> None:
         """Raises Conflict when the upload takes no parts any more."""
         with self._write() as connection:
-            _require_pending(_get_upload(connection, part.upload_id, for_update=True))
+            require_pending(_get_upload(connection, part.upload_id, for_update=True))
             connection.execute(insert(upload_parts).values(asdict(part)))
 
     def get_parts(self, upload_id: str) -> list[UploadPart]:
@@ -148,7 +148,7 @@ class FileStore(Transactions):
     def complete_upload(self, upload_id: str, file: StoredFile) -> Upload:
         """Turn an upload into its file, in one step. Raises NotFound, Conflict."""
         with self._write() as connection:
-            _require_pending(_get_upload(connection, upload_id, for_update=True))
+            require_pending(_get_upload(connection, upload_id, for_update=True))
             insert_file(connection, file)
             connection.execute(
                 update(uploads)
@@ -180,7 +180,7 @@ class FileStore(Transactions):
             upload = _get_upload(connection, upload_id, for_update=True)
             if upload.status is status:
                 return upload
-            _require_pending(upload)
+            require_pending(upload)
             connection.execute(
                 update(uploads).where(uploads.c.id == upload_id).values(status=status.value)
             )
@@ -222,7 +222,8 @@ def _get_upload(connection: Connection, upload_id: str, *, for_update: bool = Fa
     return to_upload(row)
 
 
-def _require_pending(upload: Upload) -> None:
+def require_pending(upload: Upload) -> None:
+    """Raises Conflict when the upload takes nothing any more."""
     if upload.status is not UploadStatus.PENDING:
         raise Conflict(
             f"Upload {upload.id} is {upload.status.value}: begin a new one.",

@@ -130,6 +130,17 @@ class PartBody(_Body):
     object: Literal["upload.part"] = "upload.part"
     created_at: int
     upload_id: str
+    bytes: int
+
+
+class PartListBody(_Body):
+    """The parts of an upload, in order of arrival."""
+
+    object: Literal["list"] = "list"
+    data: list[PartBody]
+    first_id: str | None
+    last_id: str | None
+    has_more: Literal[False] = False
 
 
 class RequestCountsBody(_Body):
@@ -240,7 +251,20 @@ def upload_body(upload: Upload, file: StoredFile | None = None) -> UploadBody:
 
 
 def part_body(part: UploadPart) -> PartBody:
-    return PartBody(id=part.id, created_at=_unix(part.created_at), upload_id=part.upload_id)
+    return PartBody(
+        id=part.id,
+        created_at=_unix(part.created_at),
+        upload_id=part.upload_id,
+        bytes=part.size_bytes,
+    )
+
+
+def part_list_body(parts: Sequence[UploadPart]) -> PartListBody:
+    return PartListBody(
+        data=[part_body(part) for part in parts],
+        first_id=parts[0].id if parts else None,
+        last_id=parts[-1].id if parts else None,
+    )
 
 
 def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIBatchBody:

@@ -1,4 +1,4 @@
-"""A site: data folder, registry, store, and worker processes on them, without an API server."""
+"""A site: data folder, registry and store, with the worker and API server processes on them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from batch_app.store import Store
 from support.waiting import wait_for
 
 REPO = Path(__file__).parents[2]
+LISTENING = "Uvicorn running on "
 
 #: What the simulated models of a site are called, and their engine arguments.
 SIM_MODELS: dict[str, dict[str, Any]] = {
@@ -105,17 +106,35 @@ class Site:
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """A worker process with this site's settings, in a process group of its own."""
-        environment = dict(os.environ)
+        return self._start("worker")
+
+    def start_server(self) -> str:
+        """An API server process on a free port. Returns its address, without a slash at the end."""
+        said_before = self._output("api_server").count(LISTENING)
+        process = self._start("api_server", "--port", "0")
+
+        def listens() -> bool:
+            return self._output("api_server").count(LISTENING) > said_before
+
+        wait_for(lambda: listens() or process.poll() is not None, what="the server listens")
+        assert listens(), self._output("api_server")
+        return self._output("api_server").rsplit(LISTENING, 1)[1].split()[0]
+
+    def _start(self, module: str, *flags: str) -> subprocess.Popen[bytes]:
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("VLLM_BATCH_")
+        }
         for name, value in {
             "data_dir": self.settings.data_dir,
             "models": self.settings.models,
             "benchmarks_dir": self.settings.benchmarks_dir,
+            "config": self._root / "no-such-settings.toml",
             **self._given,
         }.items():
             environment[f"VLLM_BATCH_{name.upper()}"] = str(value)
-        with (self._root / "worker.out").open("ab") as out:
+        with (self._root / f"{module}.out").open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", "batch_app.worker"],
+                [sys.executable, "-m", f"batch_app.{module}", *flags],
                 cwd=self._root,
                 env=environment | {"PYTHONPATH": str(REPO)},
                 stdout=out,
@@ -149,7 +168,10 @@ class Site:
         return path.read_text() if path.exists() else ""
 
     def worker_output(self) -> str:
-        path = self._root / "worker.out"
+        return self._output("worker")
+
+    def _output(self, module: str) -> str:
+        path = self._root / f"{module}.out"
         return path.read_text() if path.exists() else ""
 
     def results(self, batch_id: str) -> list[dict[str, Any]]:

@@ -1,0 +1,65 @@
+"""Real servers for the acceptance tests: one with a worker, one whose queue stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from support.sdk import Sdk
+from support.site import Site
+
+
+@dataclass(frozen=True)
+class Running:
+    """A site with an API server process, and its address."""
+
+    site: Site
+    url: str
+
+
+def _running(tmp: pytest.TempPathFactory, name: str, workers: int) -> Iterator[Running]:
+    site = Site(
+        tmp.mktemp(name),
+        lease_s=5.0,
+        heartbeat_s=0.3,
+        poll_interval_s=0.2,
+        commit_interval_s=0.05,
+        min_free_bytes=0,
+    )
+    try:
+        url = site.start_server()
+        for _ in range(workers):
+            site.start_worker()
+        yield Running(site, url)
+    finally:
+        site.close()
+
+
+@pytest.fixture(scope="session")
+def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An API server and a worker with the simulated engine."""
+    yield from _running(tmp_path_factory, "working", workers=1)
+
+
+@pytest.fixture(scope="session")
+def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """An API server without a worker: what is queued stays queued."""
+    yield from _running(tmp_path_factory, "waiting", workers=0)
+
+
+@pytest.fixture
+def sdk(working: Running) -> Iterator[Sdk]:
+    """A client of the server with a worker."""
+    client = Sdk(working.url)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def idle_sdk(waiting: Running) -> Iterator[Sdk]:
+    """A client of the server without a worker."""
+    client = Sdk(waiting.url)
+    yield client
+    client.close()
