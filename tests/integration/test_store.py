@@ -1,0 +1,363 @@
+"""The store on a real SQLite file: transitions, claims, leases, fencing, several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sqlite3
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from batch_app.core import (
+    TERMINAL,
+    TRANSITIONS,
+    Batch,
+    BatchStatus,
+    Dialect,
+    FilePurpose,
+    LineError,
+    Progress,
+    StoredFile,
+    TokenCounts,
+)
+from batch_app.database import has_safe_wal
+from batch_app.errors import Conflict, LeaseLost, NotFound, StoreUnavailable
+from batch_app.store import Store
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+LEASE_S = 30.0
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'database' / 'batch_jobs.db'}"
+
+
+@pytest.fixture
+def store(url: str) -> Iterator[Store]:
+    store = Store(url)
+    store.migrate()
+    yield store
+    store.close()
+
+
+def batch_id(number: int) -> str:
+    return f"batch_{number:024x}"
+
+
+def add(
+    store: Store, number: int, status: BatchStatus = BatchStatus.QUEUED, *, model: str = "m"
+) -> Batch:
+    file = StoredFile(f"file-{number:024x}", FilePurpose.BATCH, "a.jsonl", 10, NOW)
+    batch = Batch(
+        id=batch_id(number),
+        dialect=Dialect.NATIVE,
+        status=status,
+        endpoint="/v1/chat/completions",
+        model=model,
+        input_file_id=file.id,
+        created_at=NOW,
+        total=100,
+    )
+    store.add_batch(batch, file)
+    return batch
+
+
+def test_round_trip(store: Store) -> None:
+    file = StoredFile("file-1", FilePurpose.BATCH, "ä.jsonl", 10, NOW, NOW + timedelta(days=1))
+    batch = Batch(
+        id=batch_id(1),
+        dialect=Dialect.OPENAI,
+        status=BatchStatus.QUEUED,
+        endpoint="/v1/embeddings",
+        model="m",
+        input_file_id="file-1",
+        created_at=NOW.astimezone(),
+        total=7,
+        progress=Progress(1, 2, TokenCounts(3, 4, 5, 6)),
+        metadata={"k": "v"},
+        errors=(LineError("c", "m", 3, "p"),),
+        provenance={"engine": "1"},
+        expires_at=NOW,
+    )
+    store.add_batch(batch, file)
+
+    assert store.get_batch(batch.id) == batch
+    assert store.get_file("file-1") == file
+    assert store.get_batch(batch.id).created_at.tzinfo is not None
+
+
+def test_batch_and_file_are_added_together_or_not_at_all(store: Store) -> None:
+    batch = add(store, 1)
+    with pytest.raises(Exception, match="UNIQUE"):
+        store.add_batch(batch, StoredFile("file-new", FilePurpose.BATCH, "b", 1, NOW))
+    with pytest.raises(NotFound):
+        store.get_file("file-new")
+
+
+@pytest.mark.parametrize("origin", BatchStatus)
+@pytest.mark.parametrize("to", BatchStatus)
+def test_only_the_table_s_transitions_happen(
+    store: Store, origin: BatchStatus, to: BatchStatus
+) -> None:
+    batch = add(store, 1, origin)
+
+    if to in TRANSITIONS[origin]:
+        changed = store.transition(batch, to, NOW + timedelta(seconds=1))
+        assert changed.status is to
+        assert store.get_batch(batch.id) == changed
+    else:
+        with pytest.raises(Conflict):
+            store.transition(batch, to, NOW)
+        assert store.get_batch(batch.id) == batch
+
+
+def test_every_state_can_end_and_no_ended_one_goes_on() -> None:
+    for origin in BatchStatus:
+        reached, todo = {origin}, [origin]
+        while todo:
+            for following in TRANSITIONS[todo.pop()] - reached:
+                reached.add(following)
+                todo.append(following)
+        assert reached & TERMINAL
+        assert origin not in TERMINAL or reached == {origin}
+
+
+def test_times_of_a_batch_s_life(store: Store) -> None:
+    add(store, 1)
+    claimed = store.claim_next("w", LEASE_S, NOW + timedelta(seconds=1))
+    assert claimed is not None
+    assert claimed.status is BatchStatus.RUNNING
+    assert claimed.started_at == NOW + timedelta(seconds=1)
+    assert claimed.lease_owner == "w"
+    finalizing = store.transition(claimed, BatchStatus.FINALIZING, NOW + timedelta(seconds=2))
+    output = StoredFile("file-o", FilePurpose.BATCH_OUTPUT, "o", 1, NOW)
+    done = store.transition(
+        finalizing,
+        BatchStatus.COMPLETED,
+        NOW + timedelta(seconds=3),
+        new_files=[output],
+        output_file_id="file-o",
+        progress=Progress(100, 0, TokenCounts(5, 5)),
+        throughput_tokens_per_s=3.5,
+    )
+    assert done.completed_at == NOW + timedelta(seconds=3)
+    assert done.lease_owner is done.lease_expires_at is None
+    assert done.progress.tokens.total_tokens == 10
+    assert store.get_file("file-o") == output
+    assert store.count_batches() == {BatchStatus.COMPLETED: 1}
+
+
+def test_claims_are_first_in_first_out(store: Store) -> None:
+    for number in (3, 1, 2):
+        add(store, number)
+    claimed = [store.claim_next("w", LEASE_S, NOW) for _ in range(4)]
+    assert [batch.id if batch else None for batch in claimed] == [
+        batch_id(3),
+        batch_id(1),
+        batch_id(2),
+        None,
+    ]
+
+
+def test_a_batch_whose_lease_ran_out_is_rescued_under_a_higher_epoch(store: Store) -> None:
+    add(store, 1)
+    first = store.claim_next("one", LEASE_S, NOW)
+    assert first is not None
+    assert store.claim_next("two", LEASE_S, NOW + timedelta(seconds=29)) is None
+
+    second = store.claim_next("two", LEASE_S, NOW + timedelta(seconds=31))
+
+    assert second is not None
+    assert (second.id, second.epoch) == (first.id, first.epoch + 1)
+    assert second.started_at == first.started_at
+    late = NOW + timedelta(seconds=32)
+    with pytest.raises(LeaseLost):
+        store.renew(first, lease_s=LEASE_S, now=late, progress=Progress(99, 0))
+    with pytest.raises(LeaseLost):
+        store.release(first)
+    with pytest.raises(LeaseLost):
+        store.transition(
+            first,
+            BatchStatus.FINALIZING,
+            late,
+            new_files=[StoredFile("file-stale", FilePurpose.BATCH_OUTPUT, "o", 1, NOW)],
+        )
+    assert store.get_batch(first.id) == second
+    with pytest.raises(NotFound):
+        store.get_file("file-stale")
+
+
+def test_heartbeats_keep_a_lease(store: Store) -> None:
+    add(store, 1)
+    batch = store.claim_next("one", LEASE_S, NOW)
+    assert batch is not None
+    for beat in range(1, 20):
+        now = NOW + timedelta(seconds=20 * beat)
+        status = store.renew(batch, lease_s=LEASE_S, now=now, progress=Progress(beat, 0))
+        assert status is BatchStatus.RUNNING
+        assert store.claim_next("two", LEASE_S, now + timedelta(seconds=19)) is None
+    assert store.get_batch(batch.id).progress.completed == 19
+
+
+def test_release_and_release_of_the_dead(store: Store) -> None:
+    for number in (1, 2):
+        add(store, number)
+    first, second = (store.claim_next("one", LEASE_S, NOW) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    store.release(first)
+    again = store.claim_next("two", LEASE_S, NOW)
+    assert again is not None
+    assert again.id == first.id
+    assert store.release_dead("one") == 1
+    assert store.release_dead("one") == 0
+    rescued = store.claim_next("three", LEASE_S, NOW)
+    assert rescued is not None
+    assert rescued.id == second.id
+
+
+def test_a_request_to_cancel_reaches_the_worker(store: Store) -> None:
+    add(store, 1)
+    batch = store.claim_next("one", LEASE_S, NOW)
+    assert batch is not None
+    store.request_cancel(batch.id, NOW)
+    assert store.request_cancel(batch.id, NOW).status is BatchStatus.CANCELLING
+    with pytest.raises(Conflict):
+        store.cancel_queued(batch.id, NOW)
+
+    assert store.renew(batch, lease_s=LEASE_S, now=NOW) is BatchStatus.CANCELLING
+    store.transition(batch, BatchStatus.CANCELLED, NOW)
+    assert store.request_cancel(batch.id, NOW).status is BatchStatus.CANCELLED
+
+
+def test_cancelled_before_it_began_is_never_claimed_to_run(store: Store) -> None:
+    add(store, 1)
+    assert store.cancel_queued(batch_id(1), NOW).status is BatchStatus.CANCELLED
+    assert store.claim_next("w", LEASE_S, NOW) is None
+    with pytest.raises(NotFound):
+        store.cancel_queued(batch_id(9), NOW)
+    with pytest.raises(NotFound):
+        store.request_cancel(batch_id(9), NOW)
+
+
+def test_list(store: Store) -> None:
+    for number in range(5):
+        add(store, number)
+    store.cancel_queued(batch_id(2), NOW)
+    page, more = store.list_batches(limit=2)
+    assert ([batch.id for batch in page], more) == ([batch_id(4), batch_id(3)], True)
+    page, more = store.list_batches(limit=3, after=page[-1].id)
+    assert ([batch.id for batch in page], more) == ([batch_id(n) for n in (2, 1, 0)], False)
+    page, _ = store.list_batches(limit=9, statuses=[BatchStatus.CANCELLED])
+    assert [batch.id for batch in page] == [batch_id(2)]
+    with pytest.raises(NotFound):
+        store.list_batches(limit=1, after=batch_id(77))
+
+
+def test_work_ahead(store: Store) -> None:
+    for number, model in enumerate("aabc"):
+        add(store, number, model=model)
+    running = store.claim_next("w", LEASE_S, NOW)
+    assert running is not None
+    store.renew(running, lease_s=LEASE_S, now=NOW, progress=Progress(30, 10))
+
+    assert store.work_ahead(store.get_batch(batch_id(3))) == {"a": 160, "b": 100}
+    assert store.work_ahead(store.get_batch(batch_id(0))) == {}
+
+
+def test_naive_times_are_refused(store: Store) -> None:
+    with pytest.raises(Exception, match="aware"):
+        store.claim_next("w", LEASE_S, datetime(2026, 1, 1))  # noqa: DTZ001
+
+
+def test_migrate_twice_changes_nothing(store: Store, url: str) -> None:
+    add(store, 1)
+    store.migrate()
+    other = Store(url)
+    other.migrate()
+    assert other.get_batch(batch_id(1)).id == batch_id(1)
+    other.close()
+
+
+def test_a_database_that_cannot_be_opened(tmp_path: Path) -> None:
+    folder = tmp_path / "folder.db"
+    folder.mkdir()
+    store = Store(f"sqlite:///{folder}")
+    with pytest.raises(StoreUnavailable):
+        store.ping()
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [
+        ((3, 40, 1), False),
+        ((3, 44, 5), False),
+        ((3, 44, 6), True),
+        ((3, 50, 6), False),
+        ((3, 50, 7), True),
+        ((3, 51, 2), False),
+        ((3, 51, 3), True),
+        ((3, 52, 0), True),
+        ((4, 0, 0), True),
+    ],
+)
+def test_safe_versions_of_sqlite(version: tuple[int, int, int], safe: bool) -> None:
+    assert has_safe_wal(version) is safe
+
+
+def test_durability_settings(store: Store, url: str) -> None:
+    store.ping()
+    with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
+        (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
+    connection.close()
+    assert mode in ("wal", "delete", "truncate")
+
+
+# -- several processes -----------------------------------------------------------------------------
+
+NUM_BATCHES = 40
+
+
+def _claim_all(url: str, name: str, barrier: object, results: object) -> None:
+    store = Store(url)
+    store.migrate()  # all at once: one makes the tables, the others find them
+    barrier.wait(30)  # type: ignore[attr-defined]
+    mine = []
+    while True:
+        batch = store.claim_next(name, 300, NOW)
+        if batch is None:
+            break
+        store.renew(batch, lease_s=300, now=NOW, progress=Progress(1, 0))
+        store.transition(batch, BatchStatus.FINALIZING, NOW)
+        mine.append(batch.id)
+    store.close()
+    results.put((name, mine))  # type: ignore[attr-defined]
+
+
+def test_processes_share_the_queue_without_overlap(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [
+        context.Process(target=_claim_all, args=(url, name, barrier, results)) for name in "ab"
+    ]
+    for process in processes:
+        process.start()
+    store = Store(url)
+    store.migrate()
+    for number in range(NUM_BATCHES):
+        add(store, number)
+    barrier.wait(60)
+    claimed = dict(results.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    store.close()
+
+    assert sorted(claimed["a"] + claimed["b"]) == [batch_id(n) for n in range(NUM_BATCHES)]
+    for ids in claimed.values():
+        assert ids == sorted(ids)  # each got its own in the queue's order

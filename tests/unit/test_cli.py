@@ -1,0 +1,63 @@
+"""The command line: what it hands on, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from batch_app import __version__, api_server, worker
+from batch_app.cli import app
+from batch_app.config import Settings
+
+runner = CliRunner()
+
+
+def test_version() -> None:
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert __version__ in result.output
+
+
+@pytest.mark.parametrize("command", ["serve", "worker", "up"])
+def test_help_names_the_flags(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    for flag in ("--host", "--port", "--data-dir", "--models", "--database-url"):
+        assert flag in result.output
+
+
+def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Settings] = []
+
+    def keep(settings: Settings) -> int:
+        given.append(settings)
+        return 3
+
+    monkeypatch.setattr(api_server, "serve", keep)
+    monkeypatch.setattr(worker, "main", keep)
+    monkeypatch.setenv("VLLM_BATCH_PORT", "1001")
+    monkeypatch.setenv("VLLM_BATCH_MODELS", "from-environment.toml")
+    for command in ("serve", "worker"):
+        result = runner.invoke(app, [command, "--port", "1002", "--data-dir", "/x"])
+        assert result.exit_code == 3
+        assert given[-1].port == 1002
+        assert given[-1].data_dir == Path("/x")
+        assert given[-1].models == Path("from-environment.toml")
+        assert given[-1].no_auth is False
+
+
+@pytest.mark.parametrize("command", ["serve", "up"])
+def test_open_addresses_are_refused(command: str) -> None:
+    result = runner.invoke(app, [command, "--host", "0.0.0.0"])
+    assert result.exit_code == 1
+    assert "--no-auth" in result.output
+
+
+def test_a_bad_setting_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_LEASE_S", "soon")
+    result = runner.invoke(app, ["serve"])
+    assert result.exit_code == 1
+    assert "lease_s" in result.output
+    assert "Traceback" not in result.output
