@@ -6,7 +6,7 @@
                    output/FILE.jsonl   published files; BATCH.EPOCH.jsonl: all lines, in input order
                    logs/BATCH.log      one log a batch
                    uploads/UPLOAD/PART  a file that arrives in parts
-                   work/BATCH/         index and results log of a batch, gone once it is published
+                   active/BATCH/       index and results log of a batch, gone once it is published
 <data_dir>/database/batch_jobs.db      the store, when it is SQLite
 ```
 
@@ -84,7 +84,7 @@ class DataDir:
         return self.batches / "logs" / f"{batch_id}.log"
 
     def work_dir(self, batch_id: str) -> Path:
-        return self.batches / "work" / batch_id
+        return self.batches / "active" / batch_id
 
     def upload_dir(self, upload_id: str) -> Path:
         """The parts of a file that arrives in parts, each under its id."""
@@ -105,7 +105,7 @@ class DataDir:
             self.batches / "input",
             self.batches / "output",
             self.batches / "logs",
-            self.batches / "work",
+            self.batches / "active",
             self.batches / "uploads",
             self.root / "database",
             self.engine_log_dir,

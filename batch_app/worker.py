@@ -195,7 +195,7 @@ class Worker:
 
     def _sweep_work_dirs(self) -> None:
         """Remove the work folders of batches that ended while nobody was left to clean up."""
-        for folder in (self._data.batches / "work").iterdir():
+        for folder in (self._data.batches / "active").iterdir():
             try:
                 if self._store.get_batch(folder.name).is_terminal:
                     remove_tree(folder)
