@@ -13,9 +13,9 @@ import psutil
 import pytest
 import requests
 
-from batch_app import uploads
 from batch_app.config import MIB
 from batch_app.files import DataDir
+from batch_app.incoming import Incoming
 from integration.api_fixtures import (
     GUIDE_MODEL,
     Api,
@@ -67,7 +67,7 @@ MODEL = part("model", GUIDE_MODEL.encode())
             400,
             "boundary",
         ),
-        (b"{}", {"content-type": "application/json"}, 415, "multipart/form-data"),
+        (b"{}", {"content-type": "text/plain"}, 415, "multipart/form-data"),
         (b"", {}, 415, "multipart/form-data"),
         (FILE + MODEL + END, FORM | {"content-encoding": "gzip"}, 415, "Content-Encoding"),
     ],
@@ -140,15 +140,14 @@ def test_full_disk(
         def write(self, data: Any) -> int:
             raise OSError(error, "No space left on device")
 
-    upload = uploads._Upload
-    begin_file = upload._begin_file
+    begin_file = Incoming._begin_file
 
     def begin_on_a_full_disk(self: Any, fields: dict[str, str]) -> None:
         begin_file(self, fields)
         self._file.close()
         self._file = FullDisk()
 
-    monkeypatch.setattr(upload, "_begin_file", begin_on_a_full_disk)
+    monkeypatch.setattr(Incoming, "_begin_file", begin_on_a_full_disk)
     answer = api.submit(input_file(100_000), model_first=model_first)
 
     assert answer.status_code == 507
