@@ -285,6 +285,7 @@ def _print_banner(settings: Settings) -> None:
 def run_worker(settings: Settings) -> int:
     """Run a worker in this process until a signal ends it. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

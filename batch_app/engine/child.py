@@ -116,7 +116,7 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
             in_flight.difference_update(outcome.number for outcome in outcomes)
             channel.send(Finished(outcomes))
         now = time.monotonic()
-        if now >= next_stats:
+        if now >= next_stats or not in_flight:
             channel.send(Reading(engine.stats()))
             next_stats = now + STATS_EVERY_S
 

@@ -157,6 +157,10 @@ class EngineHost(Engine):
             if outcomes or remaining <= 0:
                 break
             self._check_hang()
+        else:
+            # Nothing is awaited; a last reading, or the engine's end, may have come all the same.
+            while not outcomes and self._channel is not None and self._next(0) is not None:
+                pass
         return outcomes
 
     def stats(self) -> EngineStats:
