@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from batch_app.errors import BatchAppError, StorageFull, StoreUnavailable
+from batch_app.errors import StorageFull, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class BackgroundThread:
             except (StoreUnavailable, StorageFull, OSError) as error:
                 logger.warning("%s: %s", self._thread.name, error)
                 pause_s = max(RETRY_S, self._every_s)
-            except BatchAppError:
+            except Exception:
+                # A defect of ours met one batch; the others must not wait for the next start.
                 logger.exception("%s failed.", self._thread.name)
                 pause_s = max(RETRY_S, self._every_s)
             self._wake.wait(pause_s)

@@ -1,8 +1,8 @@
 """Housekeeping: what has to happen in time although nobody asks for it.
 
-In each API server, one round every second: batches that end without having begun (cancelled, or out
-of time) get their files; files and uploads whose time has come are removed. Every step may be cut
-off, done twice, or done by two servers at once.
+In each API server, one round every second: batches that have to end (cancelled, or out of time) and
+that no worker has in its hands get their files; files and uploads whose time has come are removed.
+Every step may be cut off, done twice, or done by two servers at once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,28 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from batch_app.batch_log import BatchLog
-from batch_app.core import Batch, BatchStatus, FilePurpose, StoredFile, UploadStatus, utc_now
-from batch_app.errors import Conflict, IndexUnreadable, LeaseLost, NotFound
+from batch_app.config import Settings
+from batch_app.core import (
+    Batch,
+    BatchStatus,
+    FilePurpose,
+    Progress,
+    StoredFile,
+    UploadStatus,
+    utc_now,
+)
+from batch_app.errors import BadLines, Conflict, IndexUnreadable, LeaseLost, NotFound
 from batch_app.files import DataDir, remove_tree
-from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
+from batch_app.finalize import CANCELLED, EXPIRED, Published, Unfinished, publish
 from batch_app.index import Index
+from batch_app.intake import index_file
+from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
+from batch_app.validation import intake_rules
 
-LEASE_S = 600.0
+#: To write the files of a batch; with more time than this, another server would do it as well.
+LEASE_S = 300.0
 #: How long a client may repeat a request under its Idempotency-Key.
 KEYS_KEPT = timedelta(days=2)
 
@@ -30,8 +43,10 @@ KEYS_KEPT = timedelta(days=2)
 class Housekeeping:
     """One round is `run_once`; it raises StoreUnavailable, StorageFull or OSError."""
 
+    settings: Settings
     data: DataDir
     store: Store
+    registry: ModelRegistry
     holder: str
     clock: Callable[[], datetime] = utc_now
 
@@ -50,33 +65,49 @@ class Housekeeping:
         to, unfinished = BatchStatus.EXPIRED, EXPIRED
         if batch.status is BatchStatus.CANCELLING:
             to, unfinished = BatchStatus.CANCELLED, CANCELLED
-        error_file = self._publish(batch, unfinished)
+        published, progress = self._publish(batch, unfinished)
         with suppress(LeaseLost, Conflict):
             self.store.transition(
                 batch,
                 to,
                 self.clock(),
-                new_files=[error_file] if error_file else [],
-                error_file_id=error_file.id if error_file else None,
+                new_files=published.files,
+                output_file_id=published.output.id if published.output else None,
+                error_file_id=published.errors.id if published.errors else None,
+                progress=progress,
             )
             BatchLog(self.data.log_file(batch.id), clock=self.clock).write(
-                f"{to.value} before it started"
+                f"{to.value} {'without its worker' if batch.started_at else 'before it started'}: "
+                f"{progress.done} of {batch.total} requests are done"
             )
             remove_tree(self.data.work_dir(batch.id))
         return True
 
-    def _publish(self, batch: Batch, unfinished: Unfinished) -> StoredFile | None:
+    def _publish(self, batch: Batch, unfinished: Unfinished) -> tuple[Published, Progress]:
         """A line for every request; nothing where the lines were never checked."""
-        folder = self.data.work_dir(batch.id)
+        index = self._index(batch)
+        if index is None:
+            return Published(None, None), batch.progress
+        log = ResultsLog(self.data.work_dir(batch.id), len(index), batch.epoch)
         try:
-            index = Index.load(folder)
-        except IndexUnreadable:
-            return None
-        log = ResultsLog(folder, len(index), batch.epoch)
-        try:
-            return publish(self.data, batch, index, log, unfinished, self.clock()).errors
+            published = publish(self.data, batch, index, log, unfinished, self.clock())
+            return published, log.progress
         finally:
             log.close()
+
+    def _index(self, batch: Batch) -> Index | None:
+        if batch.queued_at is None:
+            return None
+        folder = self.data.work_dir(batch.id)
+        with suppress(IndexUnreadable):
+            return Index.load(folder)
+        folder.mkdir(exist_ok=True)
+        try:
+            rules = intake_rules(batch, self.settings, self.registry)
+            index_file(self.data.input_file(batch.input_file_id), folder, rules)
+        except (BadLines, FileNotFoundError):
+            return None  # the bytes are damaged or gone: ending it is all that can be done
+        return Index.load(folder)
 
     def _remove_expired_files(self) -> bool:
         expired = self.store.expired_files(self.clock())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,13 +167,7 @@ class Intake:
 
     def _take(self, raw: bytes, offset: int, line: int) -> None:
         rules = self._rules
-        request = parse_line(raw)
-        if rules.endpoint is not None and request.endpoint != rules.endpoint:
-            raise LineProblem(
-                "url_mismatch",
-                f'"url" is "{request.endpoint}", but the batch is for "{rules.endpoint}".',
-                "url",
-            )
+        request = parse_line(raw, rules.endpoint)
         model = rules.model
         if model is None:
             if request.model is None:
@@ -246,13 +240,19 @@ class Intake:
         )
 
 
-def index_file(path: Path, folder: Path, rules: IntakeRules) -> IntakeSummary:
-    """Check and index a file that lies on disk already. Raises as `Intake.finish` does."""
+def index_file(
+    path: Path, folder: Path, rules: IntakeRules, on_read: Callable[[], None] = lambda: None
+) -> IntakeSummary:
+    """Check and index a file that lies on disk already. Raises as `Intake.finish` does.
+
+    `on_read` is called every megabyte, and may raise what should end it.
+    """
     intake = Intake(folder, rules)
     try:
         with path.open("rb") as file:
             while chunk := file.read(READ_BYTES):
                 intake.feed(chunk)
+                on_read()
         return intake.finish(path)
     finally:
         intake.close()

@@ -86,8 +86,10 @@ class RequestLine:
     body: dict[str, Any]
 
 
-def parse_line(raw: bytes) -> RequestLine:
+def parse_line(raw: bytes, only_endpoint: str | None = None) -> RequestLine:
     """Check one line (without its line feed) and take it apart.
+
+    `only_endpoint`: what its `url` must be; None: any that there is.
 
     Raises:
         LineProblem: with a code of the OpenAI dialect's list, and a message that says what to do.
@@ -98,6 +100,12 @@ def parse_line(raw: bytes) -> RequestLine:
     if method != "POST":
         raise LineProblem("invalid_method", '"method" must be "POST", or be left out.', "method")
     endpoint = line.get("url", Endpoint.CHAT_COMPLETIONS.value)
+    if only_endpoint is not None and isinstance(endpoint, str) and endpoint != only_endpoint:
+        raise LineProblem(
+            "url_mismatch",
+            f'"url" is "{endpoint[:64]}", but the batch is for "{only_endpoint}".',
+            "url",
+        )
     if not isinstance(endpoint, str) or endpoint not in _ENDPOINTS:
         raise LineProblem(
             "invalid_request", f'"url" must be one of: {", ".join(sorted(_ENDPOINTS))}.', "url"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -40,17 +41,21 @@ def retry_batch(
     """Queue the failed and the unanswered requests of a finished batch once more.
 
     Raises:
-        Conflict: it has not finished, has published nothing, or has no failed request.
+        Conflict: it has not finished, never had requests, or none of them failed.
         NotFound: its files were deleted.
         StorageFull: there is no room; nothing remains.
     """
     if not batch.is_terminal:
         raise Conflict(f"Batch {batch.id} has not finished.", code="batch_not_finished")
+    if batch.error_file_id is None:
+        raise Conflict(
+            f"No request of {batch.id} failed: there is nothing to retry.", code="nothing_to_retry"
+        )
     input_path, results_path = data.input_file(batch.input_file_id), data.results_file(batch)
     if not input_path.exists():
         raise NotFound(f"The input file of {batch.id} was deleted.", param="batch_id")
     if not results_path.exists():
-        raise NotFound(f"Batch {batch.id} has no results to go by.", param="batch_id")
+        raise NotFound(f"The results of {batch.id} were deleted.", param="batch_id")
     folder = data.incoming / new_id("retry")
     leftovers = [folder]
     try:
@@ -59,11 +64,6 @@ def retry_batch(
             source = folder / "input.jsonl"
             with source.open("wb") as file:
                 file.writelines(_failed_lines(input_path, results_path))
-            if source.stat().st_size == 0:
-                raise Conflict(
-                    f"All requests of {batch.id} succeeded: there is nothing to retry.",
-                    code="nothing_to_retry",
-                )
             summary = index_file(source, folder, intake_rules(batch, settings, registry))
             input_file = StoredFile(
                 id=new_id("file"),
@@ -116,11 +116,13 @@ def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetim
 
 def _failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:
     """The input's lines whose result isn't a 200. Both files are in the same order; only the input
-    may have blank lines."""
+    may have blank lines, and a byte order mark."""
     with input_path.open("rb") as inputs, results_path.open("rb") as results:
-        requests = (line for line in inputs if line.strip(b" \t\r\n\xef\xbb\xbf"))
+        start = len(codecs.BOM_UTF8)
+        inputs.seek(start if inputs.read(start) == codecs.BOM_UTF8 else 0)
+        requests = (line for line in inputs if not line.isspace())
         for request, raw in zip(requests, results, strict=True):
             result = orjson.loads(raw)
             response = result["response"]
             if response is None or response["status_code"] != 200:
-                yield request.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
+                yield request.rstrip(b"\r\n") + b"\n"

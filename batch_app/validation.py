@@ -6,8 +6,8 @@ several servers share the work and a crash only delays it.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,14 +21,16 @@ from batch_app.errors import (
     Conflict,
     LeaseLost,
     StorageFull,
+    StoreUnavailable,
 )
-from batch_app.files import DataDir, move_durably, new_id, remove_tree, wake_workers
+from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, wake_workers
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
 
-#: Checking a file of a few gigabytes takes minutes; a dead server's are picked up after this.
-LEASE_S = 900.0
+#: What a dead server was checking is taken up after this.
+LEASE_S = 60.0
+RENEW_EVERY_S = 2.0
 LONGEST_WINDOW_S = 366 * 86400
 
 
@@ -45,6 +47,10 @@ def intake_rules(batch: Batch, settings: Settings, registry: ModelRegistry) -> I
     )
 
 
+class _Stopping(Exception):
+    """The server ends: whoever starts next checks the batch anew."""
+
+
 @dataclass(frozen=True)
 class Validation:
     """Checks batches in `validating`, oldest first."""
@@ -55,66 +61,96 @@ class Validation:
     registry: ModelRegistry
     holder: str
     clock: Callable[[], datetime] = utc_now
+    stopping: Callable[[], bool] = lambda: False
 
     def run_once(self) -> bool:
         """Check one batch, if one waits for it. Returns whether one did.
 
-        Raises StoreUnavailable, StorageFull: the batch is checked again later.
+        Raises StoreUnavailable, StorageFull, OSError: the batch is checked again later.
         """
         batch = self.store.claim_to_validate(self.holder, LEASE_S, self.clock())
         if batch is None:
             return False
+        try:
+            self._validate(batch)
+        except (LeaseLost, Conflict):
+            self._clean_up(batch)  # cancelled meanwhile, or somebody else checks it by now
+        except _Stopping:
+            self.store.release(batch)
+            return False
+        except (StoreUnavailable, StorageFull, OSError):
+            with suppress(LeaseLost, StoreUnavailable, StorageFull):
+                self.store.release(batch)
+            raise
+        return True
+
+    def _validate(self, batch: Batch) -> None:
         log = BatchLog(self.data.log_file(batch.id), clock=self.clock)
+        if not self.data.input_file(batch.input_file_id).exists():
+            self._refuse(batch, [LineError("empty_file", "The input file's bytes are gone.")])
+            return
         try:
             summary = self._check(batch)
         except BadLines as refusal:
-            self._refuse(batch, refusal, log)
-            return True
-        except StorageFull:
-            self.store.release(batch)
-            raise
-        with suppress(LeaseLost, Conflict):  # cancelled meanwhile
-            self.store.transition(
-                batch,
-                BatchStatus.QUEUED,
-                self.clock(),
-                total=summary.num_requests,
-                model=summary.models[0],
-                lease_owner=None,
-                lease_expires_at=None,
-            )
-            log.write(
-                f"checked: {summary.num_requests} requests, "
-                f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
-            )
-            wake_workers(self.data)
-        return True
+            self._refuse(batch, refusal.errors, refusal.message)
+            log.write(f"refused: {refusal.num_errors} errors, the first: {refusal.errors[0].code}")
+            return
+        self.store.transition(
+            batch,
+            BatchStatus.QUEUED,
+            self.clock(),
+            total=summary.num_requests,
+            model=summary.models[0],
+            lease_owner=None,
+            lease_expires_at=None,
+        )
+        log.write(
+            f"checked: {summary.num_requests} requests, "
+            f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
+        )
+        wake_workers(self.data)
 
     def _check(self, batch: Batch) -> IntakeSummary:
         """Index the file beside its place, so that a crash leaves no half of an index."""
-        folder = self.data.incoming / new_id("index")
-        folder.mkdir()
-        try:
+        with IncomingFolder(self.data) as folder:
             rules = intake_rules(batch, self.settings, self.registry)
             summary = index_file(self.data.input_file(batch.input_file_id), folder, rules)
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         return summary
 
-    def _refuse(self, batch: Batch, refusal: BadLines, log: BatchLog) -> None:
-        errors = tuple(refusal.errors) or (LineError(refusal.code, refusal.message),)
-        with suppress(LeaseLost, Conflict):
-            self.store.transition(
-                batch,
-                BatchStatus.FAILED,
-                self.clock(),
-                errors=errors,
-                error_message=refusal.message,
-            )
-            log.write(f"refused: {refusal.num_errors} errors; the first in line {errors[0].line}")
+    def _keeper_of(self, batch: Batch) -> Callable[[], None]:
+        """What keeps the lease while a long file is read, and ends the check when it is in vain."""
+        next_beat = time.monotonic() + RENEW_EVERY_S
+
+        def keep() -> None:
+            nonlocal next_beat
+            if self.stopping():
+                raise _Stopping
+            if time.monotonic() < next_beat:
+                return
+            next_beat = time.monotonic() + RENEW_EVERY_S
+            status = self.store.renew(batch, lease_s=LEASE_S, now=self.clock())
+            if status is not BatchStatus.VALIDATING:
+                raise LeaseLost(f"Batch {batch.id} is {status.value} already.")
+
+        return keep
+
+    def _refuse(self, batch: Batch, errors: Sequence[LineError], message: str = "") -> None:
+        self.store.transition(
+            batch,
+            BatchStatus.FAILED,
+            self.clock(),
+            errors=errors,
+            error_message=message or errors[0].message,
+        )
+
+    def _clean_up(self, batch: Batch) -> None:
+        """Remove the index of a batch that ended during its check. While it is `cancelling`, that
+        is left to whoever ends it."""
+        if self.store.get_batch(batch.id).is_terminal:
+            remove_tree(self.data.work_dir(batch.id))
 
 
 def window_end(created_at: datetime, completion_window: str) -> datetime:

@@ -75,14 +75,22 @@ class Services:
     def validation(self) -> BackgroundThread:
         """Checks the lines of new batches. Started and stopped with the app."""
         work = Validation(
-            self.settings, self.data, self.store, self.registry, self._holder, self.clock
+            self.settings,
+            self.data,
+            self.store,
+            self.registry,
+            self._holder,
+            self.clock,
+            self.stopping.is_set,
         )
         return BackgroundThread("validation", work.run_once, VALIDATION_EVERY_S)
 
     @cached_property
     def housekeeping(self) -> BackgroundThread:
         """Does what is due. Started and stopped with the app."""
-        work = Housekeeping(self.data, self.store, self._holder, self.clock)
+        work = Housekeeping(
+            self.settings, self.data, self.store, self.registry, self._holder, self.clock
+        )
         return BackgroundThread("housekeeping", work.run_once, HOUSEKEEPING_EVERY_S)
 
     # -- estimates -----------------------------------------------------------------------------

@@ -34,12 +34,14 @@ class LeaseStore(Transactions):
         """Give this worker one of the batches that wait or whose lease has run out.
 
         `pick` gets them oldest first and says which; None leaves them all. The batch's epoch rises,
-        so that a former holder can change nothing any more.
+        so that a former holder can change nothing any more. What was cancelled before any worker
+        had it is left to `claim_to_close`: its lines may not even be checked.
         """
-        claimable = or_(
-            and_(batches.c.status == BatchStatus.QUEUED.value, _unleased(now)),
-            and_(batches.c.status.in_([status.value for status in LEASED]), _unleased(now)),
+        begun = and_(
+            batches.c.status.in_([status.value for status in LEASED]),
+            batches.c.started_at.is_not(None),
         )
+        claimable = and_(or_(batches.c.status == BatchStatus.QUEUED.value, begun), _unleased(now))
         with self._read() as connection:
             # A look that locks nothing: an idle worker polls often.
             if connection.scalar(select(batches.c.id).where(claimable).limit(1)) is None:
@@ -71,12 +73,15 @@ class LeaseStore(Transactions):
         )
 
     def claim_to_close(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
-        """Give the caller a batch that ends without having begun: cancelled, or out of time."""
-        never_began = batches.c.started_at.is_(None)
+        """Give the caller a batch that has to end, cancelled or out of time, and is in nobody's
+        hands: no worker has begun it, or the one that did is gone."""
         cancelled = batches.c.status == BatchStatus.CANCELLING.value
-        overdue = and_(batches.c.status == BatchStatus.QUEUED.value, batches.c.expires_at < now)
+        overdue = and_(
+            batches.c.status.in_([BatchStatus.QUEUED.value, BatchStatus.RUNNING.value]),
+            batches.c.expires_at < now,
+        )
         return self._claim_oldest(
-            and_(never_began, or_(cancelled, overdue), _unleased(now)), holder, lease_s, now
+            and_(or_(cancelled, overdue), _unleased(now)), holder, lease_s, now
         )
 
     def renew(

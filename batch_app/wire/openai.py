@@ -270,6 +270,11 @@ def part_list_body(parts: Sequence[UploadPart]) -> PartListBody:
 def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIBatchBody:
     progress, tokens = batch.progress, batch.progress.tokens
     errors = [LineErrorBody.model_validate(error) for error in batch.errors]
+    if not errors and batch.error_message:
+        # The dialect has no other place for why a batch failed.
+        errors = [
+            LineErrorBody(code="batch_failed", line=None, message=batch.error_message, param=None)
+        ]
     return OpenAIBatchBody(
         id=batch.id,
         endpoint=batch.endpoint,
