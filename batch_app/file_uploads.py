@@ -77,7 +77,7 @@ class FileUpload(Incoming[StoredFile]):
         with no_room_is_storage_full("receiving the upload"):
             move_durably(self._path, path)
         services.store.add_file(file)
-        self._leftovers = [self._folder]
+        self._leftovers.clear()
         return file
 
 
@@ -111,7 +111,7 @@ class PartUpload(Incoming[UploadPart]):
         except Conflict:  # it ended meanwhile: nobody else would remove the folder
             self._leftovers.append(path.parent)
             raise
-        self._leftovers = [self._folder]
+        self._leftovers.clear()
         return part
 
 

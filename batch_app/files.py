@@ -16,6 +16,7 @@ Names are ids that the server made, never anything a user sent.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import secrets
@@ -30,6 +31,8 @@ from typing import BinaryIO
 from batch_app.core import Batch
 from batch_app.errors import StorageFull
 
+#: Seconds after which a folder that nobody has locked isn't about to be.
+SETTLED_S = 60.0
 #: What the operating system says when there is no room: full disk, quota, file size limit.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -112,18 +115,64 @@ class DataDir:
         ):
             folder.mkdir(parents=True, exist_ok=True)
 
-    def sweep_incoming(self, older_than_s: float = 24 * 3600.0) -> int:
-        """Remove what interrupted uploads left behind. Returns how many there were."""
+    def sweep_incoming(self, older_than_s: float = SETTLED_S) -> int:
+        """Remove what interrupted uploads left behind. Returns how many there were.
+
+        A folder that somebody still works in is locked; a very young one may be about to be.
+        """
         removed = 0
         for leftover in self.incoming.iterdir():
             try:
-                if time.time() - leftover.stat().st_mtime < older_than_s:
+                if time.time() - leftover.stat().st_mtime < older_than_s or _is_locked(leftover):
                     continue
                 remove_tree(leftover)
             except FileNotFoundError:
                 continue  # its own upload, or another server, was faster
             removed += 1
         return removed
+
+
+class IncomingFolder:
+    """A folder under `incoming/` to make something in, locked while it is open.
+
+    What is in it when it is closed is removed; what is wanted is moved out before.
+    """
+
+    def __init__(self, data: DataDir) -> None:
+        self.path = data.incoming / new_id("incoming")
+        self._descriptor = -1
+
+    def open(self) -> IncomingFolder:
+        self.path.mkdir()
+        self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        return self
+
+    def close(self) -> None:
+        """Idempotent."""
+        remove_tree(self.path)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Path:
+        return self.open().path
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _is_locked(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from anyio import CancelScope, CapacityLimiter
 from batch_app.config import MIB, Settings
 from batch_app.core import utc_now
 from batch_app.errors import BadRequest, StorageFull, TooLarge, UnsupportedMedia
-from batch_app.files import DataDir, new_id, no_room_is_storage_full, remove_tree
+from batch_app.files import DataDir, IncomingFolder, no_room_is_storage_full, remove_tree
 from batch_app.multipart import Form
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
@@ -119,7 +119,8 @@ class Incoming(ABC, Generic[T]):
 
     def __init__(self, services: UploadServices) -> None:
         self.services = services
-        self._folder = services.data.incoming / new_id("incoming")
+        self._incoming = IncomingFolder(services.data)
+        self._folder = self._incoming.path
         self._path = self._folder / "input.jsonl"
         self._file: BinaryIO | None = None
         self._size_bytes = 0
@@ -137,9 +138,8 @@ class Incoming(ABC, Generic[T]):
 
     def open(self) -> None:
         self._check_room()
-        self._leftovers.append(self._folder)
         with no_room_is_storage_full("receiving the upload"):
-            self._folder.mkdir()
+            self._incoming.open()
 
     def write(self, chunk: bytes) -> None:
         self._form.write(chunk)
@@ -161,6 +161,7 @@ class Incoming(ABC, Generic[T]):
             self._file.close()
         for path in self._leftovers:
             remove_tree(path)
+        self._incoming.close()
 
     @abstractmethod
     def _accept(self) -> T:

@@ -37,8 +37,8 @@ class Form:
         kind, options = parse_options_header(content_type or "")
         if kind != b"multipart/form-data":
             raise UnsupportedMedia(
-                f'Send multipart/form-data with the fields "{file_field}" and "model": '
-                f"curl -F {file_field}=@batch.jsonl -F model=NAME"
+                f'Send the body as multipart/form-data, the file as its field "{file_field}": '
+                f"curl -F {file_field}=@batch.jsonl …"
             )
         boundary = options.get(b"boundary")
         if not boundary:

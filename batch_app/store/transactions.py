@@ -56,6 +56,8 @@ def translated_errors() -> Iterator[None]:
     except DBAPIError as error:
         if error.connection_invalidated:
             raise StoreUnavailable(f"The database's connection broke: {error.orig}") from error
+        if "not a database" in str(error.orig) or "malformed" in str(error.orig):
+            raise StoreUnavailable(f"The database file can't be used: {error.orig}") from error
         raise
     except SQLAlchemyError as error:
         if "QueuePool limit" in str(error):
