@@ -13,7 +13,7 @@ import orjson
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, FilePurpose, StoredFile
+from batch_app.core import Batch, BatchStatus, FilePurpose, Idempotency, StoredFile
 from batch_app.errors import Conflict, NotFound
 from batch_app.files import (
     DataDir,
@@ -37,8 +37,11 @@ def retry_batch(
     registry: ModelRegistry,
     batch: Batch,
     now: datetime,
+    idempotency: Idempotency | None = None,
 ) -> Batch:
     """Queue the failed and the unanswered requests of a finished batch once more.
+
+    Returns the new batch, or the one that this key stands for already.
 
     Raises:
         Conflict: it has not finished, never had requests, or none of them failed.
@@ -78,7 +81,9 @@ def retry_batch(
             move_durably(source, data.input_file(input_file.id))
             sync_dir(folder)
             move_durably(folder, data.work_dir(again.id))
-        store.add_batch(again, input_file)
+        created = store.add_batch(again, input_file, idempotency)
+        if created.id != again.id:
+            return created  # the same request, at the same time
         leftovers = []
     finally:
         for path in leftovers:

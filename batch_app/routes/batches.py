@@ -127,12 +127,13 @@ async def create_batch(request: Request) -> Response:
         batch = await receive(upload, dict(request.headers), request.stream())
         return await run_in_threadpool(_answer, own, batch, None)
     wish, raw = await read_json(request, BatchCreate)
-    key = request.headers.get("idempotency-key")
-    batch = await run_in_threadpool(_create_from_file, own, wish, _idempotency(key, raw))
+    batch = await run_in_threadpool(_create_from_file, own, wish, _idempotency(request, raw))
     return await run_in_threadpool(_answer, own, batch, None)
 
 
-def _idempotency(key: str | None, raw: bytes) -> Idempotency | None:
+def _idempotency(request: Request, said: bytes) -> Idempotency | None:
+    """The client's key, if it sent one, for the request that says this."""
+    key = request.headers.get("idempotency-key")
     if not key:
         return None
     if len(key) > MAX_KEY_CHARS:
@@ -140,7 +141,7 @@ def _idempotency(key: str | None, raw: bytes) -> Idempotency | None:
             f"The Idempotency-Key has more than {MAX_KEY_CHARS} characters.",
             param="Idempotency-Key",
         )
-    return Idempotency(key, hashlib.sha256(raw).hexdigest())
+    return Idempotency(key, hashlib.sha256(said).hexdigest())
 
 
 def _create_from_file(own: Services, wish: BatchCreate, idempotency: Idempotency | None) -> Batch:
@@ -268,13 +269,18 @@ def cancel_batch(request: Request, batch_id: str, dialect: Dialect | None = _FOR
 @router.post(
     "/v1/batches/{batch_id}/retry",
     response_model=AnyBatchBody,
-    responses=refusals(400, 404, 409, 503, 507),
+    responses=refusals(400, 404, 409, 422, 503, 507),
 )
 def retry(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
     """Run the requests of a finished batch that did not succeed once more, as a new batch."""
     own = services(request)
     batch = own.store.get_batch(checked_batch_id(batch_id))
-    again = retry_batch(own.store, own.data, own.settings, own.registry, batch, own.clock())
+    idempotency = _idempotency(request, f"retry {batch.id}".encode())
+    again = None if idempotency is None else own.store.batch_of_key(batch.owner, idempotency)
+    if again is None:
+        again = retry_batch(
+            own.store, own.data, own.settings, own.registry, batch, own.clock(), idempotency
+        )
     return _answer(own, again, dialect)
 
 
