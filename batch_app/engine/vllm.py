@@ -193,6 +193,7 @@ class VllmEngine(Engine):
             raise EngineDied("the engine isn't loaded")
         if self._client.failure is None and (self._queue or self._tasks):
             self._loop.run_until_complete(self._work(timeout_s))
+        self._client.check_core()
         failure = self._client.failure
         if failure is not None and not self._done:
             raise EngineDied(f"the engine failed: {type(failure).__name__}: {failure}"[:500])
@@ -295,7 +296,7 @@ class VllmEngine(Engine):
         tasks, self._tasks = [task for task, _ in self._tasks.values()], {}
         if client is not None:
             with contextlib.suppress(Exception):
-                client.shutdown(timeout=30)
+                client.shutdown(timeout=30 if client.failure is None else 1)
             with contextlib.suppress(Exception):
                 client.engine.renderer.shutdown()
             with contextlib.suppress(Exception):

@@ -210,6 +210,15 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
         error: BaseException = EngineDeadError()
         return error
 
+    def check_core(self) -> None:
+        """Notice a core process (there is one when vLLM's multiprocessing is on) that was killed.
+
+        vLLM notes its death but leaves a step that waits for it waiting.
+        """
+        resources = getattr(self.engine.engine_core, "resources", None)
+        if self.failure is None and getattr(resources, "engine_dead", False):
+            self.failure = self.dead_error
+
     async def check_health(self) -> None:
         if self.errored:
             raise self.dead_error
