@@ -8,6 +8,7 @@ back, and the process exits with 0. A second signal ends it at once; what is com
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
@@ -47,6 +48,9 @@ logger = logging.getLogger(__name__)
 
 LINE = "=" * 80
 EXIT_AT_ONCE = 130
+#: Worker and engine yield to the API server where all share few cores: a batch that runs for hours
+#: doesn't notice, somebody who asks for its status does. A GPU's work isn't slowed by it.
+NICENESS = 5
 LONGEST_PAUSE_S = 60.0
 
 
@@ -286,6 +290,8 @@ def run_worker(settings: Settings) -> int:
     """Run a worker in this process until a signal ends it. Returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    with contextlib.suppress(OSError):
+        os.nice(NICENESS)
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
