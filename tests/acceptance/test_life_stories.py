@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -51,6 +52,11 @@ STAMPS = [
 BAD_FILES = [b"", b"\n", b"{}\n", jsonl([line("r0"), line("r0")]), jsonl([line("r0", "nobody")])]
 
 numbers = st.integers(min_value=0, max_value=9)
+one_in_four = st.sampled_from([False, False, False, True])
+
+
+def any_is(*statuses: str) -> Callable[[LifeStory], bool]:
+    return lambda self: any(batch["status"] in statuses for batch in self.seen.values())
 
 
 def reachable(status: str) -> set[str]:
@@ -77,15 +83,19 @@ class LifeStory(RuleBasedStateMachine):
         words=st.lists(st.sampled_from([2, 2, 5]), min_size=1, max_size=4),
         two_models=st.booleans(),
         window=st.sampled_from(["1h", "24h"]),
+        unchecked=one_in_four,
     )
-    def create(self, words: list[int], two_models: bool, window: str) -> None:
+    def create(self, words: list[int], two_models: bool, window: str, unchecked: bool) -> None:
         """A good file; of the requests with five words, the model with little context fails."""
         requests = [
             line(f"r{n}", "sim" if two_models and n % 2 else "tiny-context", f"s{n} " * num)
             for n, num in enumerate(words)
         ]
         self.submit(jsonl(requests), [request["custom_id"] for request in requests], window)
+        if not unchecked:
+            self.world.validate()
 
+    @precondition(lambda self: [] not in self.inputs.values())
     @rule(content=st.sampled_from(BAD_FILES))
     def create_bad(self, content: bytes) -> None:
         self.submit(content, [], "24h")
@@ -101,8 +111,8 @@ class LifeStory(RuleBasedStateMachine):
         assert answer.status_code == 200, answer.text
         self.inputs[answer.json()["id"]] = custom_ids
 
-    @precondition(lambda self: self.inputs)
-    @rule(which=numbers, native=st.booleans())
+    @precondition(lambda self: self.seen)
+    @rule(which=numbers, native=one_in_four)
     def cancel(self, which: int, native: bool) -> None:
         batch_id = self.pick(which)
         path = f"/v1/batches/{batch_id}"
@@ -111,10 +121,10 @@ class LifeStory(RuleBasedStateMachine):
         elif self.world.client.delete(path).status_code == 200:
             self.never_published.add(batch_id)
 
-    @precondition(lambda self: self.inputs)
+    @precondition(any_is(*FINISHED))
     @rule(which=numbers)
     def retry(self, which: int) -> None:
-        batch_id = self.pick(which)
+        batch_id = self.pick(which, finished=True)
         answer = self.world.client.post(f"/v1/batches/{batch_id}/retry")
         assert answer.status_code in (200, 404, 409), answer.text
         if answer.status_code == 200:
@@ -125,7 +135,7 @@ class LifeStory(RuleBasedStateMachine):
             self.inputs[again["id"]] = failed
             self.files.append(again["input_file_id"])
 
-    @precondition(lambda self: self.files)
+    @precondition(lambda self: self.files and any_is(*FINISHED)(self))
     @rule(which=numbers)
     def delete_file(self, which: int) -> None:
         file_id = self.files[which % len(self.files)]
@@ -139,20 +149,31 @@ class LifeStory(RuleBasedStateMachine):
 
     # -- what happens to them ------------------------------------------------------------------
 
-    @rule(dies_before=st.sampled_from([None, None, BatchStatus.QUEUED, BatchStatus.FAILED]))
-    def validate(self, dies_before: BatchStatus | None) -> None:
-        self.world.validate(dies_before)
+    @rule(
+        what=st.sampled_from(["validation", "housekeeping"]),
+        dies_before=st.sampled_from(
+            [None, None, None, BatchStatus.QUEUED, BatchStatus.CANCELLED, BatchStatus.EXPIRED]
+        ),
+    )
+    def serve(self, what: str, dies_before: BatchStatus | None) -> None:
+        """The server's background threads get their turn."""
+        if what == "validation":
+            self.world.validate(dies_before)
+        else:
+            self.world.keep_house(dies_before)
 
-    @rule(dies_before=st.sampled_from([None, None, BatchStatus.CANCELLED, BatchStatus.EXPIRED]))
-    def keep_house(self, dies_before: BatchStatus | None) -> None:
-        self.world.keep_house(dies_before)
+    @precondition(any_is("in_progress", "finalizing", "cancelling"))
+    @rule(unnoticed=one_in_four)
+    def run_to_the_end(self, unnoticed: bool) -> None:
+        self.work(unnoticed)
 
-    @rule()
-    def run_to_the_end(self) -> None:
-        self.world.work()
-
-    @rule(answers=st.integers(0, 3), what=st.sampled_from(["dies", "stops", "cancel", "expire"]))
-    def run_a_part(self, answers: int, what: str) -> None:
+    @precondition(any_is("in_progress", "finalizing", "cancelling"))
+    @rule(
+        unnoticed=one_in_four,
+        answers=st.integers(0, 3),
+        what=st.sampled_from(["dies", "stops", "cancel", "expire"]),
+    )
+    def run_a_part(self, unnoticed: bool, answers: int, what: str) -> None:
         def event(batch: Batch, stop: threading.Event) -> None:
             if what == "dies":
                 raise Crash
@@ -164,9 +185,11 @@ class LifeStory(RuleBasedStateMachine):
                 assert batch.expires_at
                 self.world.now = max(self.world.now, batch.expires_at)
 
-        self.world.work(answers=answers, event=event)
+        self.work(unnoticed, answers=answers, event=event)
 
+    @precondition(any_is("in_progress", "finalizing", "cancelling"))
     @rule(
+        unnoticed=one_in_four,
         at=st.sampled_from(
             [
                 BatchStatus.FINALIZING,
@@ -177,15 +200,17 @@ class LifeStory(RuleBasedStateMachine):
         ),
         after=st.booleans(),
     )
-    def die_at_a_change(self, at: BatchStatus, after: bool) -> None:
+    def die_at_a_change(self, unnoticed: bool, at: BatchStatus, after: bool) -> None:
         if after:
-            self.world.work(dies_after=at)
+            self.work(unnoticed, dies_after=at)
         else:
-            self.world.work(dies_before=at)
+            self.work(unnoticed, dies_before=at)
 
-    @rule()
-    def notice_the_dead_worker(self) -> None:
-        self.world.store.release_dead("worker")
+    def work(self, unnoticed: bool, **how: Any) -> None:
+        """`unnoticed`: nobody knows yet that the worker before is dead."""
+        if not unnoticed:
+            self.world.store.release_dead("worker")
+        self.world.work(**how)
 
     @rule(seconds=st.sampled_from([LEASE_S + 1, 1000.0, 3600.0]))
     def pass_time(self, seconds: float) -> None:
@@ -213,11 +238,8 @@ class LifeStory(RuleBasedStateMachine):
                 assert before[name] in (None, batch[name]), name
         stamps = [batch[name] for name in ("created_at", *STAMPS) if batch[name] is not None]
         assert max(stamps) <= self.world.now.timestamp()
-        assert (
-            (batch[f"{batch['status']}_at"] is None) == (batch["status"] == "validating")
-            if (batch["status"] != "validating")
-            else batch["in_progress_at"] is None
-        )
+        if batch["status"] != "validating":
+            assert batch[f"{batch['status']}_at"] is not None
         if batch["status"] in FINISHED and (not before or before["status"] not in FINISHED):
             self.look_at_the_end(batch)
 
@@ -256,8 +278,12 @@ class LifeStory(RuleBasedStateMachine):
             files.append([json.loads(result) for result in raw.splitlines()])
         return files[0], files[1]
 
-    def pick(self, which: int) -> str:
-        return list(self.inputs)[which % len(self.inputs)]
+    def pick(self, which: int, finished: bool = False) -> str:
+        """One of the batches; the newest finished, or unfinished, ones go first."""
+        newest = list(reversed(self.seen.values()))
+        line = sorted(newest, key=lambda batch: (batch["status"] in FINISHED) is not finished)
+        batch_id: str = line[which % min(len(line), 4)]["id"]
+        return batch_id
 
     def teardown(self) -> None:
         """Everybody comes back to work: every batch ends."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -225,10 +225,8 @@ class World:
             stop=stop,
             clock=lambda: self.now,
         )
-        try:
+        with suppress(Crash):
             runner.run(batch)
-        except Crash:
-            pass
         return batch.id
 
 
