@@ -3,6 +3,9 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 
+# What is imported first is compiled once, and not at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format clean
 
