@@ -22,14 +22,17 @@ import uvicorn
 import uvicorn.config
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from batch_app import __version__
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError
 from batch_app.routes import batches, errors, openai_files, ops, results
+from batch_app.routes.answers import REFERENCE
 from batch_app.routes.middleware import LoopbackHosts, RequestIds, is_loopback
 from batch_app.routes.services import Services
+from batch_app.wire.openai import REQUEST_BODIES
 
 #: Seconds that answers under way get at shutdown. Uploads cut off here leave nothing behind.
 SHUTDOWN_S = 8
@@ -94,6 +97,10 @@ def _describe_refusals(app: FastAPI) -> None:
                         del operation["responses"]["422"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
+            _, bodies = models_json_schema(
+                [(model, "validation") for model in REQUEST_BODIES], ref_template=REFERENCE
+            )
+            schema["components"]["schemas"] |= bodies["$defs"]
             app.openapi_schema = schema
         return app.openapi_schema
 

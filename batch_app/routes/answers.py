@@ -10,6 +10,7 @@ from starlette.responses import Response
 from batch_app.wire.errors import ErrorBody
 
 JSONL = "application/jsonl"
+REFERENCE = "#/components/schemas/{model}"
 
 
 def json_answer(body: BaseModel) -> Response:
@@ -17,9 +18,14 @@ def json_answer(body: BaseModel) -> Response:
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-def refusals(*statuses: int, **models: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+def refusals(*statuses: int, **models: Any) -> dict[int | str, dict[str, Any]]:
     """The refusals of a route for /openapi.json. `on_400=…` names another body than the usual."""
     return {status: {"model": models.get(f"on_{status}", ErrorBody)} for status in statuses}
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """A JSON body in /openapi.json; `REQUEST_BODIES` of the dialect has to have the model."""
+    return {"application/json": {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}}
 
 
 def form_schema(properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

@@ -26,14 +26,14 @@ from batch_app.errors import BadRequest, Conflict
 from batch_app.files import new_id, remove_tree
 from batch_app.incoming import receive
 from batch_app.retry import retry_batch
-from batch_app.routes.answers import form_schema, json_answer, refusals
+from batch_app.routes.answers import form_schema, json_answer, json_schema, refusals
 from batch_app.routes.bodies import is_json, read_json
 from batch_app.routes.openai_files import checked_file_id
 from batch_app.routes.services import Services, checked_batch_id, services
 from batch_app.uploads import BatchUpload
 from batch_app.validation import window_end
 from batch_app.wire.batches import BatchListBody, ModelListBody, batch_list_body
-from batch_app.wire.errors import BadLinesBody
+from batch_app.wire.errors import BadLinesBody, ErrorBody
 from batch_app.wire.native import (
     STATUS_NAMES,
     STATUSES,
@@ -72,9 +72,7 @@ _NATIVE_FORM = form_schema(
     },
     ["file", "model"],
 )
-_NATIVE_FORM["requestBody"]["content"]["application/json"] = {
-    "schema": BatchCreate.model_json_schema()
-}
+_NATIVE_FORM["requestBody"]["content"] |= json_schema(BatchCreate)
 _FORMAT = Query(
     None, alias="format", description="The dialect of the answer; by default the batch's own."
 )
@@ -116,7 +114,7 @@ def get_model(request: Request, model: str) -> Response:
 @router.post(
     "/v1/batches",
     response_model=AnyBatchBody,
-    responses=refusals(400, 404, 413, 415, 422, 503, 507, on_400=BadLinesBody),
+    responses=refusals(400, 404, 413, 415, 422, 503, 507, on_400=BadLinesBody | ErrorBody),
     openapi_extra=_NATIVE_FORM,
 )
 async def create_batch(request: Request) -> Response:

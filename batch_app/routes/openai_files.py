@@ -20,7 +20,7 @@ from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.housekeeping import remove_bytes
 from batch_app.incoming import receive
 from batch_app.multipart import clean_filename
-from batch_app.routes.answers import JSONL, form_schema, json_answer, refusals
+from batch_app.routes.answers import JSONL, form_schema, json_answer, json_schema, refusals
 from batch_app.routes.bodies import read_json
 from batch_app.routes.services import Services, services
 from batch_app.store import require_pending
@@ -71,8 +71,7 @@ def checked_file_id(file_id: str) -> str:
 
 
 def _json_body(model: type[Any]) -> dict[str, Any]:
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    return {"requestBody": {"required": True, "content": json_schema(model)}}
 
 
 # -- files -----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from batch_app.core import (
     Batch,
     BatchStatus,
+    Endpoint,
     FilePurpose,
     StoredFile,
     Upload,
@@ -60,8 +61,8 @@ class BatchCreate(_Body):
     """The body of `POST /v1/batches`. `priority` is this server's own: higher goes first."""
 
     input_file_id: str
-    endpoint: str
-    completion_window: str = "24h"
+    endpoint: str = Field(json_schema_extra={"enum": [endpoint.value for endpoint in Endpoint]})
+    completion_window: str = Field("24h", json_schema_extra={"pattern": "^[1-9][0-9]{0,2}[mhd]$"})
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     priority: int = Field(0, ge=-100, le=100)
@@ -71,7 +72,7 @@ class UploadCreate(_Body):
     """The body of `POST /v1/uploads`."""
 
     filename: str = Field(min_length=1, max_length=512)
-    purpose: str
+    purpose: str = Field(json_schema_extra={"enum": ["batch"]})
     bytes: int = Field(ge=1)
     mime_type: str = Field(max_length=255)
     expires_after: ExpiresAfter | None = None
@@ -82,6 +83,10 @@ class UploadComplete(_Body):
 
     part_ids: list[str]
     md5: str | None = None
+
+
+#: What /openapi.json has to define by itself, since the handlers read these bodies on their own.
+REQUEST_BODIES = (BatchCreate, UploadCreate, UploadComplete)
 
 
 # -- what goes out ---------------------------------------------------------------------------------
