@@ -9,12 +9,12 @@ from pathlib import Path
 
 import orjson
 import pytest
-from support.site import Site, assert_answers_echo, echo_line, engine_pid
-from support.waiting import wait_for
 
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.core import BatchStatus, utc_now
 from batch_app.database import sqlite_driver
+from support.site import Site, assert_answers_echo, echo_line, engine_pid
+from support.waiting import wait_for
 
 
 @pytest.fixture
