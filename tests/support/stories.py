@@ -25,6 +25,7 @@ from batch_app.core import Batch, BatchStatus
 from batch_app.engine.base import EngineInfo, Outcome
 from batch_app.engine.sim import SimEngine
 from batch_app.engine.slot import model_spec
+from batch_app.errors import StoreUnavailable
 from batch_app.housekeeping import Housekeeping
 from batch_app.registry import ModelEntry
 from batch_app.routes.services import Services
@@ -58,9 +59,16 @@ class FragileStore:
         self._store = store
         self.dies_before: BatchStatus | None = None
         self.dies_after: BatchStatus | None = None
+        self.is_away = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
+
+    def renew(self, *rest: Any, **values: Any) -> BatchStatus:
+        """How far a batch is isn't always told before its worker dies."""
+        if self.is_away:
+            raise StoreUnavailable("It is away.")
+        return self._store.renew(*rest, **values)
 
     def transition(self, batch: Batch, to: BatchStatus, *rest: Any, **values: Any) -> Batch:
         if to is self.dies_before:
@@ -205,8 +213,10 @@ class World:
         event: Callable[[Batch, threading.Event], None] = lambda batch, stop: None,
         dies_before: BatchStatus | None = None,
         dies_after: BatchStatus | None = None,
+        untold: bool = False,
     ) -> str | None:
         """Claim a batch and run it, until it ends or something happens after so many answers.
+        `untold`: its progress does not reach the store.
 
         Returns the batch's id; None where none waited.
         """
@@ -214,7 +224,7 @@ class World:
         if batch is None:
             return None
         store, slot, stop = FragileStore(self.store), HereSlot(), threading.Event()
-        store.dies_before, store.dies_after = dies_before, dies_after
+        store.dies_before, store.dies_after, store.is_away = dies_before, dies_after, untold
         slot.answers, slot.event = answers, lambda: event(batch, stop)
         runner = Runner(
             store=store,  # type: ignore[arg-type]
