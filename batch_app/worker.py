@@ -261,7 +261,7 @@ def _is_alive(worker: WorkerRow) -> bool:
     try:
         process = psutil.Process(worker.pid)
         same = abs(process.create_time() - worker.process_started_at) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
