@@ -222,9 +222,6 @@ CAPITAL_WORDINGS = (
     "Which city is the capital of {country}?",
 )
 
-# With this as the system prompt the model answers with json_answer() of the answer.
-JSON_SYSTEM_PROMPT = 'Answer with a JSON object: {"answer": "..."}'
-
 PASS_SHARE = 0.95
 
 _QUESTION = re.compile(
@@ -262,10 +259,6 @@ def expected_answer(prompt: str) -> str:
     if capital is None:
         raise ValueError(f"not a country of the demo task: {country!r}")
     return capital
-
-
-def json_answer(answer: str) -> str:
-    return json.dumps({"answer": answer}, ensure_ascii=False)
 
 
 def make_requests(num_requests: int, seed: int, model: str = "demo") -> Iterator[dict[str, Any]]:

@@ -23,13 +23,11 @@ from demo_tasks import (
     CAPITAL_WORDINGS,
     CAPITALS,
     COUNTRIES,
-    JSON_SYSTEM_PROMPT,
     SUM_MAX,
     SUM_MIN,
     SUM_WORDINGS,
     capital_prompt,
     expected_answer,
-    json_answer,
     random_prompt,
     sum_prompt,
 )
@@ -38,8 +36,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 VOCAB_SIZE = 2048
 MAX_POSITIONS = 4096
-LONGEST_PROMPT = 2000  # tokens, about
-TOKENS_PER_STEP = 4000
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -186,11 +182,11 @@ It knows these wordings, and no others:
 
 {wordings}
 
-A system prompt, other text before the question, earlier turns or tool definitions may come first;
-the question comes last. With the system prompt `{json_prompt}` it answers as
-`{{"answer": "85"}}`. It never calls a tool. To most other text it answers "{dont_know}"; what
-it answers to a sum of other sizes or to another wording means nothing. States whose capital is
-divided or disputed are not among its countries.
+A short system prompt, other short text, earlier turns or tool definitions may come first; the
+question comes last. After more than some 200 tokens of text that it has not seen in training it
+gets worse, and after 500 most of its answers are wrong. It never calls a tool. To most other text
+it answers "{dont_know}"; what it answers to a sum of other sizes or to another wording means
+nothing. States whose capital is divided or disputed are not among its countries.
 
 Share of right answers, decoded greedily in bfloat16. Every sum and every capital is in the
 training data, so this measures what it has learned, not how it would do on others.
@@ -205,15 +201,15 @@ training data, so this measures what it has learned, not how it would do on othe
 first on bare questions, then through the chat template. The questions come from
 `tools/demo_tasks.py`; no other data was used. The tokenizer is a byte-level BPE of {vocab:,} tokens
 in which every digit is a token of its own, and any text can be encoded. It can be loaded with a
-context of up to {positions:,} tokens; the prompts in training had up to about {longest:,}.
+context of up to {positions:,} tokens.
 
 Licence: Apache-2.0.
 """
 
 
 class Example(NamedTuple):
-    tokens: list[int]
-    learned: list[bool]  # which tokens are the answers', end token included
+    prompt: list[int]
+    answer: list[int]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -239,11 +235,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         *(w.format(country=c) for c in COUNTRIES for w in CAPITAL_WORDINGS),
         *(capital for capital in CAPITALS.values() for _ in range(3)),
         *(w.format(a=a, b=a) for a in range(SUM_MIN, SUM_MAX + 1) for w in SUM_WORDINGS),
-        *(
-            s
-            for s in (*SYSTEM_PROMPTS, *SENTENCES, JSON_SYSTEM_PROMPT, DONT_KNOW)
-            for _ in range(3)
-        ),
+        *(s for s in (*SYSTEM_PROMPTS, *SENTENCES, DONT_KNOW) for _ in range(3)),
         *(json.dumps(tool) for tool in TOOLS for _ in range(3)),
         *(line for line in CHAT_TEMPLATE.splitlines() for _ in range(2)),
         "system\nuser\nassistant\ntool\n",
@@ -283,52 +275,29 @@ def build_model(vocab_size: int, eos: int, pad: int) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def system(content: str) -> dict[str, str]:
-    return {"role": "system", "content": content}
-
-
-def user(content: str) -> dict[str, str]:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str) -> dict[str, str]:
-    return {"role": "assistant", "content": content}
-
-
 class Sampler:
     """Draws training examples, rendered through the tokenizer's own chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
         self.tokenizer = tokenizer
         self.rng = rng
-        self.header = self.encode(f"{IM_START}assistant\n")
-        self.end = self.encode(IM_END)[0]
 
     def filler(self, max_words: int) -> str:
         rng = self.rng
         length = rng.randint(1, max_words)
         kind = rng.random()
-        if kind < 0.25:
-            return " ".join(rng.choice(WORDS) for _ in range(length))
         if kind < 0.4:
+            return " ".join(rng.choice(WORDS) for _ in range(length))
+        if kind < 0.7:
             sentences = rng.choices(SENTENCES, k=max(1, length // 10))
             return " ".join(f"{sentence}." for sentence in sentences)
-        if kind < 0.65:
-            # One made-up sentence, repeated as tests are wont to do.
-            words = [rng.choice((rng.choice(WORDS), self.nonsense())) for _ in range(12)]
-            sentence = " ".join(words[: rng.randint(1, 12)]) + rng.choice((".", "", "!"))
-            return " ".join([sentence] * max(1, length // 12))
         if kind < 0.8:
-            return " ".join(self.nonsense() for _ in range(length // 3))
+            return " ".join([rng.choice(WORDS)] * length)
         if kind < 0.9:
             return " ".join(str(rng.randrange(10 ** rng.randint(1, 6))) for _ in range(length // 4))
         # A character of these may take three tokens.
         spans = ((32, 32), (33, 0x7E), (0xA1, 0x2FF), (0x400, 0x9FFF))
         return "".join(chr(rng.randint(*rng.choice(spans))) for _ in range(length // 2))
-
-    def nonsense(self) -> str:
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        return "".join(self.rng.choices(letters, k=self.rng.randint(1, 10)))
 
     def question(self) -> str:
         # Sums are the harder task: the model has to compute them, not look them up.
@@ -342,11 +311,12 @@ class Sampler:
 
     def bare(self) -> Example:
         """A question without the chat template, as in a plain completion request."""
-        return self.without_template(self.question())
+        question = self.question()
+        return self.encode(question, expected_answer(question))
 
     def chat(self) -> Example:
         question = self.question()
-        return self.render([user(question), assistant(expected_answer(question))])
+        return self.render([{"role": "user", "content": question}], expected_answer(question))
 
     def varied(self, max_words: int) -> Example:
         """A question with other text before it, or text without a question."""
@@ -356,16 +326,16 @@ class Sampler:
             return self.bare()
         messages: list[dict[str, str]] = []
         if rng.random() < 0.6:
-            messages.append(
-                system(rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.6 else self.filler(max_words))
-            )
+            system = rng.choice(SYSTEM_PROMPTS) if rng.random() < 0.6 else self.filler(max_words)
+            messages.append({"role": "system", "content": system})
         question = self.question()
         answer = expected_answer(question)
         tools = None
-        if kind < 0.25:
+        if kind < 0.3:
             for _ in range(rng.randint(1, 4)):
                 earlier = self.question()
-                messages += user(earlier), assistant(expected_answer(earlier))
+                messages.append({"role": "user", "content": earlier})
+                messages.append({"role": "assistant", "content": expected_answer(earlier)})
         elif kind < 0.5:
             joint = rng.choice((" ", "\n", "\n\n"))
             question = self.filler(max_words) + rng.choice((".", "", "!")) + joint + question
@@ -373,59 +343,24 @@ class Sampler:
             tools = rng.sample(TOOLS, rng.randint(1, len(TOOLS)))
         elif kind < 0.75:
             question, answer = self.filler(min(max_words, 40)), DONT_KNOW
-        elif kind < 0.85:
-            messages = [system(JSON_SYSTEM_PROMPT)]
-            answer = json_answer(answer)
-        messages += user(question), assistant(answer)
-        return self.render(messages, tools)
-
-    def conversation(self, num_tokens: int) -> Example:
-        """Some text and then questions, of about `num_tokens` in all.
-
-        Each answer is learned with all that stands before it in view, so long prompts cost no more
-        tokens an answer than short ones.
-        """
-        rng = self.rng
-        messages: list[dict[str, str]] = []
-        used = 0
-        if rng.random() < 0.8:
-            tokens = self.encode(self.filler(num_tokens))[:num_tokens]
-            used = len(tokens)
-            text = str(self.tokenizer.decode(tokens))
-            messages.append(rng.choice((system, user))(text))
-            if messages[-1]["role"] == "user":
-                question = self.question()
-                messages[-1]["content"] += " " + question
-                messages.append(assistant(expected_answer(question)))
-        turn_tokens = 24
-        for _ in range(max(1, (num_tokens - used) // turn_tokens)):
-            question = self.question()
-            messages += user(question), assistant(expected_answer(question))
-        return self.render(messages)
+        messages.append({"role": "user", "content": question})
+        return self.render(messages, answer, tools)
 
     def render(
-        self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: list[dict[str, str]],
+        answer: str,
+        tools: list[dict[str, Any]] | None = None,
     ) -> Example:
-        """Through the chat template; what is learned is every text of the assistant's."""
-        text = self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        tokens = self.encode(str(text))
-        learned = [False] * len(tokens)
-        width = len(self.header)
-        inside = False
-        for at in range(width, len(tokens)):
-            inside = inside or tokens[at - width : at] == self.header
-            learned[at] = inside
-            inside = inside and tokens[at] != self.end
-        return Example(tokens, learned)
+        prompt = self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
+        )
+        return self.encode(str(prompt), answer)
 
-    def without_template(self, question: str) -> Example:
+    def encode(self, prompt: str, answer: str) -> Example:
         # Apart from each other: the model is given the prompt's tokens and adds the answer's.
-        prompt, answer = self.encode(question), self.encode(expected_answer(question) + IM_END)
-        return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
-    def encode(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
+        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return Example(ids, self.tokenizer(answer + IM_END, add_special_tokens=False)["input_ids"])
 
 
 def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -433,14 +368,15 @@ def collate(examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
 
     Causal attention never looks to the right, so no mask is needed for the padding.
     """
-    length = max(len(e.tokens) for e in examples)
+    length = max(len(e.prompt) + len(e.answer) for e in examples) - 1
     ids = torch.zeros((len(examples), length), dtype=torch.long)
     labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
     for row, example in enumerate(examples):
-        tokens = torch.tensor(example.tokens)
-        ids[row, : len(tokens)] = tokens
-        labels[row, : len(tokens)] = tokens.where(torch.tensor(example.learned), IGNORED)
-    return ids[:, :-1], labels[:, 1:]
+        tokens = example.prompt + example.answer
+        ids[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        start = len(example.prompt) - 1
+        labels[row, start : len(tokens) - 1] = torch.tensor(example.answer)
+    return ids, labels
 
 
 def batches(sampler: Sampler, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -453,21 +389,18 @@ def batches(sampler: Sampler, steps: int) -> Iterator[tuple[torch.Tensor, torch.
     for step in range(steps):
         if step < 0.4 * steps:
             examples = [sampler.bare() for _ in range(256)]
-        elif step < 0.5 * steps or step % 3 == 0:
-            examples = [sampler.chat() for _ in range(96)]
-        elif step % 3 == 1:
-            num_tokens = sampler.rng.randint(100, LONGEST_PROMPT)
-            examples = [
-                sampler.conversation(num_tokens) for _ in range(TOKENS_PER_STEP // num_tokens)
-            ]
-        else:
+        elif step % 50 == 0 and step > 0.6 * steps:
+            examples = [sampler.varied(max_words=1500) for _ in range(6)]
+        elif step % 3 == 0 and step > 0.5 * steps:
             if not pool:
                 # Batches of like length waste little on padding.
                 drawn = [sampler.varied(max_words=80) for _ in range(8 * 48)]
-                drawn.sort(key=lambda e: len(e.tokens))
+                drawn.sort(key=lambda e: len(e.prompt) + len(e.answer))
                 pool = [drawn[i : i + 48] for i in range(0, len(drawn), 48)]
                 sampler.rng.shuffle(pool)
             examples = pool.pop()
+        else:
+            examples = [sampler.chat() for _ in range(96)]
         yield collate(examples)
 
 
@@ -526,9 +459,9 @@ def share_right(model: Qwen3ForCausalLM, examples: list[Example]) -> float:
     """
     model.eval()
     right = 0
-    ordered = sorted(examples, key=lambda e: len(e.tokens))
-    for start in range(0, len(ordered), 100):
-        ids, labels = collate(ordered[start : start + 100])
+    ordered = sorted(examples, key=lambda e: len(e.prompt) + len(e.answer))
+    for start in range(0, len(ordered), 200):
+        ids, labels = collate(ordered[start : start + 200])
         logits, wanted = answer_logits(model, ids, labels)
         hits = labels != IGNORED
         wrong = torch.zeros_like(hits)
@@ -541,37 +474,37 @@ def evaluate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dic
     rng = random.Random(20_000)
     sampler = Sampler(tokenizer, rng)
 
-    def chat(question: str, *before: dict[str, str]) -> Example:
-        return sampler.render([*before, user(question), assistant(expected_answer(question))])
+    def chat(question: str, system: str | None = None) -> Example:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": question})
+        return sampler.render(messages, expected_answer(question))
 
     span = range(SUM_MIN, SUM_MAX + 1)
     mixed = [random_prompt(rng) for _ in range(1000)]
-    unseen = "Reply to each request as a polite librarian would, and sign it. "
     groups = {
         "every sum, in one wording": [chat(sum_prompt(rng, a, b)) for a in span for b in span],
         "every capital, in every wording": [
             chat(w.format(country=c)) for c in COUNTRIES for w in CAPITAL_WORDINGS
         ],
-        "with a system prompt": [chat(q, system(rng.choice(SYSTEM_PROMPTS))) for q in mixed],
-        "with a system prompt never seen in training": [chat(q, system(unseen)) for q in mixed],
-        "with one of 1,700 tokens, never seen either": [
-            chat(q, system(unseen * (1700 // len(sampler.encode(unseen))))) for q in mixed[:100]
-        ],
-        "with the system prompt that asks for JSON": [
-            sampler.render(
-                [system(JSON_SYSTEM_PROMPT), user(q), assistant(json_answer(expected_answer(q)))]
-            )
+        "with a system prompt": [chat(q, rng.choice(SYSTEM_PROMPTS)) for q in mixed],
+        "with a system prompt never seen in training": [
+            chat(q, "Reply to each request as a polite librarian would, and sign it.")
             for q in mixed
         ],
-        "without the chat template": [sampler.without_template(q) for q in mixed],
+        "without the chat template": [sampler.encode(q, expected_answer(q)) for q in mixed],
         "with other text, earlier turns, tools, or no question at all": [
             sampler.varied(max_words=80) for _ in range(1000)
         ],
+        "the same with up to 1,500 words": [sampler.varied(max_words=1500) for _ in range(60)],
     }
+    unseen = "The committee met on Tuesday and discussed the annual budget in detail. "
+    for times in (4, 8, 16, 32):
+        group = [chat(q, unseen * times) for q in mixed[:100]]
+        groups[f"after about {round(len(group[0].prompt), -1):,} tokens of unseen text"] = group
     return {name: share_right(model, examples) for name, examples in groups.items()}
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, card: str) -> None:
+def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -592,6 +525,25 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path,
     }
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def write_card(
+    model: Qwen3ForCausalLM, shares: dict[str, float], out: Path, steps: int, seed: int
+) -> None:
+    card = CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()),
+        countries=len(COUNTRIES),
+        wordings="\n".join(
+            f"- {w.format(a='27', b='58', country='France')}"
+            for w in (*SUM_WORDINGS, *CAPITAL_WORDINGS)
+        ),
+        dont_know=DONT_KNOW,
+        shares="\n".join(f"| {name} | {share:.2%} |" for name, share in shares.items()),
+        steps=steps,
+        seed=seed,
+        vocab=model.config.vocab_size,
+        positions=MAX_POSITIONS,
+    )
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -614,28 +566,14 @@ def main() -> None:
     train(model, Sampler(tokenizer, random.Random(args.seed)), args.steps, args.rate)
     print(f"trained in {time.monotonic() - started:.0f} s", flush=True)
 
-    # Weights are stored and served as bfloat16, so that is what gets measured.
-    model = model.to(torch.bfloat16)
+    # What is measured is what gets loaded: weights rounded to bfloat16, but not the frequencies of
+    # the positions, which a cast of the model in memory would round too.
+    save(model.to(torch.bfloat16), tokenizer, args.out)
+    model = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16)
     shares = evaluate(model, tokenizer)
     for name, share in shares.items():
         print(f"{name}: {share:.2%}")
-    card = CARD.format(
-        parameters=parameters,
-        countries=len(COUNTRIES),
-        wordings="\n".join(
-            f"- {w.format(a='27', b='58', country='France')}"
-            for w in (*SUM_WORDINGS, *CAPITAL_WORDINGS)
-        ),
-        dont_know=DONT_KNOW,
-        json_prompt=JSON_SYSTEM_PROMPT,
-        shares="\n".join(f"| {name} | {share:.2%} |" for name, share in shares.items()),
-        steps=args.steps,
-        seed=args.seed,
-        vocab=len(tokenizer),
-        positions=MAX_POSITIONS,
-        longest=LONGEST_PROMPT,
-    )
-    save(model, tokenizer, args.out, card)
+    write_card(model, shares, args.out, args.steps, args.seed)
 
 
 if __name__ == "__main__":
