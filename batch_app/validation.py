@@ -113,8 +113,12 @@ class Validation:
     def _check(self, batch: Batch) -> IntakeSummary:
         """Index the file beside its place, so that a crash leaves no half of an index."""
         with IncomingFolder(self.data) as folder:
-            rules = intake_rules(batch, self.settings, self.registry)
-            summary = index_file(self.data.input_file(batch.input_file_id), folder, rules)
+            summary = index_file(
+                self.data.input_file(batch.input_file_id),
+                folder,
+                intake_rules(batch, self.settings, self.registry),
+                on_read=self._keeper_of(batch),
+            )
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
