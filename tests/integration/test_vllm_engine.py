@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import msgspec
 import pytest
 
 from batch_app.core import Endpoint
 from batch_app.engine.base import Engine, EngineRequest, Outcome
-from batch_app.engine.host import EngineHost
+from batch_app.engine.host import engine_environment
 from batch_app.engine.vllm import VllmEngine
 from batch_app.errors import EngineDied, EngineLoadError
 from contract.engine_conformance import (
@@ -27,11 +29,13 @@ from contract.engine_conformance import (
     error_of,
     run,
 )
+from integration.beside_vllm import Answers, Questions, ask_vllms_server, without_ids
 from integration.conftest import DEMO_MODEL, demo_spec
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+REPOSITORY = Path(__file__).parents[2]
+sys.path.insert(0, str(REPOSITORY / "tools"))
 import demo_tasks  # noqa: E402
 
 
@@ -244,56 +248,74 @@ def test_bodies_are_those_of_vllms_own_server(
     vllm_engine: VllmEngine, endpoint: str, body: dict[str, Any]
 ) -> None:
     body = {"temperature": 0, "model": "demo"} | body
-    app, loop = vllm_engine._app, vllm_engine._loop
-    assert app is not None
-    assert loop is not None
-
-    async def ask_the_server() -> httpx.Response:
-        transport = httpx.ASGITransport(app.asgi)
-        async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
-            return await client.post(endpoint, json=body, timeout=60)
-
-    theirs = loop.run_until_complete(ask_the_server())
+    status, theirs = ask_vllms_server(vllm_engine, endpoint, body)
     (ours,) = run(vllm_engine, request(0, endpoint, **body))
-    assert ours.status_code == theirs.status_code
-    assert _without_ids(json.loads(ours.body)) == _without_ids(theirs.json())
+    assert ours.status_code == status
+    assert without_ids(json.loads(ours.body)) == without_ids(json.loads(theirs))
 
 
-def _without_ids(value: Any) -> Any:
-    """A body without what differs between any two answers; the keys and their order stay."""
-    if isinstance(value, dict):
-        return [
-            (key, "…" if key in ("id", "created", "created_at") else _without_ids(item))
-            for key, item in value.items()
-        ]
-    if isinstance(value, list):
-        return [_without_ids(item) for item in value]
-    return value
+#: The same for a pooling model: what is asked, and the status of both answers.
+SAME_POOLING: list[tuple[str, dict[str, Any], int]] = [
+    (Endpoint.EMBEDDINGS, {"input": "What is 27 + 58?"}, 200),
+    (Endpoint.EMBEDDINGS, {"input": ["What is 27 + 58?", "Paris"]}, 200),
+    (Endpoint.EMBEDDINGS, {"input": [[5, 6, 7], [8]]}, 200),
+    (Endpoint.EMBEDDINGS, {"messages": [{"role": "user", "content": "Hi"}]}, 200),
+    (Endpoint.EMBEDDINGS, {"input": "Paris", "encoding_format": "base64"}, 200),
+    (Endpoint.EMBEDDINGS, {"input": "Paris", "dimensions": 32}, 200),
+    (Endpoint.EMBEDDINGS, {"input": "Paris", "dimensions": 33}, 400),
+    (Endpoint.EMBEDDINGS, {"input": "Paris", "encoding_format": "morse"}, 400),
+    (Endpoint.EMBEDDINGS, {"input": "long " * 3000}, 400),
+    (Endpoint.EMBEDDINGS, {"input": 5.5}, 400),
+    (Endpoint.EMBEDDINGS, {}, 400),
+    (Endpoint.SCORE, {"text_1": "Paris", "text_2": ["Paris", "85"]}, 200),
+    (Endpoint.SCORE, {"queries": ["Paris", "85"], "documents": ["85", "Paris"]}, 200),
+    (Endpoint.SCORE, {"text_1": ["Paris", "85"], "text_2": ["1", "2", "3"]}, 400),
+    (Endpoint.SCORE, {"text_1": "Paris"}, 400),
+    (Endpoint.RERANK, {"query": "Paris", "documents": ["85", "Paris"]}, 200),
+    (Endpoint.RERANK, {"query": "Paris", "documents": ["85", "Paris"], "top_n": 1}, 200),
+    (Endpoint.RERANK, {"query": "Paris", "documents": ["85"], "top_n": -1}, 400),
+    (Endpoint.RERANK, {"query": "Paris", "documents": []}, 400),
+    (Endpoint.RERANK, {"documents": ["85"]}, 400),
+]
 
 
 def test_embeddings_score_and_rerank_in_a_process_of_their_own(tmp_path: Path) -> None:
-    spec = demo_spec(runner="pooling", convert="embed")
-    engine = EngineHost(spec, log_path=tmp_path / "engine.log")
-    try:
-        info = engine.load()
-        assert set(info.endpoints) == {Endpoint.EMBEDDINGS, Endpoint.SCORE, Endpoint.RERANK}
-        embedded, scored, ranked, wrong, chatted = run(
-            engine,
-            request(0, Endpoint.EMBEDDINGS, input=["What is 27 + 58?", "Paris"]),
-            request(1, Endpoint.SCORE, text_1="Paris", text_2=["Paris", "85"]),
-            request(2, Endpoint.RERANK, query="Paris", documents=["85", "Paris"]),
-            request(3, Endpoint.EMBEDDINGS, input=5.5),
-            chat(4),
+    spec = demo_spec(
+        runner="pooling",
+        convert="embed",
+        hf_overrides={"matryoshka_dimensions": [32, 64]},
+        max_num_seqs=1,  # the last digits depend on what else is in a step
+    )
+    same = [(endpoint, {"model": "demo"} | body) for endpoint, body, _ in SAME_POOLING]
+    asked, answered, log = tmp_path / "asked", tmp_path / "answered", tmp_path / "engine.log"
+    asked.write_bytes(msgspec.json.encode(Questions(spec, [*same, (CHAT, {"messages": "Hi"})])))
+    with log.open("wb") as output:
+        ended = subprocess.run(
+            [sys.executable, "-m", "integration.beside_vllm", str(asked), str(answered)],
+            cwd=REPOSITORY,
+            env=engine_environment(os.environ) | {"PYTHONPATH": str(REPOSITORY / "tests")},
+            stdout=output,
+            stderr=output,
+            timeout=100,
+            check=False,
         )
-        assert len(body_of(embedded)["data"]) == 2
-        assert embedded.prompt_tokens == body_of(embedded)["usage"]["prompt_tokens"] > 0
-        assert embedded.completion_tokens == 0
-        assert len(body_of(scored)["data"]) == 2
-        assert body_of(ranked)["results"][0]["index"] == 1
-        assert wrong.status_code == 400
-        assert chatted.status_code == 404
-    finally:
-        engine.close()
+    assert ended.returncode == 0, log.read_text(errors="replace")
+    answers = msgspec.msgpack.decode(answered.read_bytes(), type=Answers)
+    assert set(answers.info.endpoints) == {Endpoint.EMBEDDINGS, Endpoint.SCORE, Endpoint.RERANK}
+
+    *ours, chatted = answers.ours
+    for (endpoint, body, expected), our, (status, theirs) in zip(
+        SAME_POOLING, ours, answers.theirs[:-1], strict=True
+    ):
+        case = f"{endpoint} {str(body)[:100]}"
+        assert (case, our.status_code, status) == (case, expected, expected), our.body
+        assert (case, without_ids(json.loads(our.body))) == (case, without_ids(json.loads(theirs)))
+        if status == 200:
+            assert our.prompt_tokens == body_of(our)["usage"]["prompt_tokens"] > 0
+            assert our.completion_tokens == 0
+    assert chatted.status_code == 404
+    ranked = ours[[endpoint for endpoint, _, _ in SAME_POOLING].index(Endpoint.RERANK)]
+    assert [result["index"] for result in body_of(ranked)["results"]] == [1, 0]
 
 
 @pytest.mark.parametrize(
