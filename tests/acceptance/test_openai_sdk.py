@@ -37,6 +37,13 @@ def assert_counts(batch: Batch, total: int, completed: int, failed: int) -> None
     assert (counts.total, counts.completed, counts.failed) == (total, completed, failed)
 
 
+def busy_worker(sdk: Sdk) -> Batch:
+    """A batch that the worker has begun, and has enough to do with: others wait behind it."""
+    batch = sdk.create(lines(10_000, "slow"))
+    wait_for(lambda: native(sdk, batch.id)["status"] == "running", what="the worker begins")
+    return batch
+
+
 # -- a good life -----------------------------------------------------------------------------------
 
 
@@ -193,8 +200,7 @@ def test_several_models_in_one_file_run_group_by_group(sdk: Sdk, working: Runnin
 
 
 def test_a_higher_priority_goes_first(sdk: Sdk) -> None:
-    blocker = sdk.create(lines(5000, "slow"))
-    sdk.wait(blocker, "in_progress")
+    blocker = busy_worker(sdk)
     low, high = (sdk.create(lines(1), extra_body={"priority": level}) for level in (0, 5))
     for batch in (low, high):
         sdk.wait(batch, "in_progress")
@@ -346,7 +352,7 @@ def test_cancelling_a_finished_batch_is_refused_once(sdk: Sdk) -> None:
 
 
 def test_a_running_batch_expires_and_keeps_what_is_done(sdk: Sdk, working: Running) -> None:
-    blocker = sdk.create(lines(5000, "slow"))
+    blocker = busy_worker(sdk)
     batch = sdk.create(lines(5000, "slow"), completion_window="1h")
     sdk.wait(batch, "in_progress")
     # The window ends in a moment, but begins to run for this batch now.
@@ -419,7 +425,7 @@ def test_only_what_failed_runs_again(sdk: Sdk) -> None:
 
 
 def test_a_cancelled_batch_goes_on_as_a_retry(sdk: Sdk) -> None:
-    blocker = sdk.create(lines(5000, "slow"))
+    blocker = busy_worker(sdk)
     batch = sdk.create(lines(5))
     sdk.wait(batch, "in_progress")
     sdk.client.batches.cancel(batch.id)
