@@ -225,3 +225,47 @@ def test_a_prompt_too_long_for_the_model_fails_alone(
     assert "context length" in bad["response"]["body"]["error"]["message"]
     assert_all_right(lines, questions)
     assert "very long" not in site.log(batch_id)
+
+
+def test_a_file_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
+    site: Site, server: Server, tmp_path: Path
+) -> None:
+    path = tmp_path / "questions.jsonl"
+    questions = list(demo_tasks.make_requests(40, seed=11))
+    path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
+    batch_id = submit(server, path)["batch_id"]
+    ensure_worker(site)
+    site.wait_until_done(batch_id, timeout_s=240)
+    ours = site.data.results_file(site.batch(batch_id)).read_bytes().splitlines()
+
+    theirs_path = tmp_path / "theirs.jsonl"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(path)]
+    command += ["-o", str(theirs_path), "--model", str(REPO / "models" / "demo")]
+    command += ["--served-model-name", "demo", "--max-model-len", "2048", "--enforce-eager"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        command, env=os.environ | environment, check=True, capture_output=True, timeout=400
+    )
+    theirs = theirs_path.read_bytes().splitlines()
+
+    for our_line, their_line in zip(ours, theirs, strict=True):
+        our, their = orjson.loads(our_line), orjson.loads(their_line)
+        assert our["custom_id"] == their["custom_id"]
+        assert set(our) == set(their)
+        assert set(our["response"]) == set(their["response"])
+        assert our["response"]["body"]["choices"] == their["response"]["body"]["choices"]
+        assert our["response"]["body"]["usage"] == their["response"]["body"]["usage"]
+        assert set(our["response"]["body"]) == set(their["response"]["body"])
+    # And vLLM's own reader takes our lines for its own.
+    reader = (
+        "import sys\n"
+        "from vllm.entrypoints.launchers.run_batch import BatchRequestOutput\n"
+        "for line in sys.stdin: BatchRequestOutput.model_validate_json(line)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", reader],
+        input=b"\n".join(ours),
+        check=True,
+        capture_output=True,
+        timeout=200,
+    )
