@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
@@ -17,6 +16,7 @@ from batch_app.core import Batch, BatchStatus, FilePurpose, Idempotency, StoredF
 from batch_app.errors import Conflict, NotFound
 from batch_app.files import (
     DataDir,
+    IncomingFolder,
     move_durably,
     new_id,
     no_room_is_storage_full,
@@ -59,11 +59,9 @@ def retry_batch(
         raise NotFound(f"The input file of {batch.id} was deleted.", param="batch_id")
     if not results_path.exists():
         raise NotFound(f"The results of {batch.id} were deleted.", param="batch_id")
-    folder = data.incoming / new_id("retry")
-    leftovers = [folder]
+    leftovers = []
     try:
-        with no_room_is_storage_full("preparing the retry"):
-            folder.mkdir()
+        with no_room_is_storage_full("preparing the retry"), IncomingFolder(data) as folder:
             source = folder / "input.jsonl"
             with source.open("wb") as file:
                 file.writelines(_failed_lines(input_path, results_path))
@@ -77,7 +75,7 @@ def retry_batch(
                 owner=batch.owner,
             )
             again = _fresh(batch, input_file, summary.num_requests, now)
-            leftovers += [data.input_file(input_file.id), data.work_dir(again.id)]
+            leftovers = [data.input_file(input_file.id), data.work_dir(again.id)]
             move_durably(source, data.input_file(input_file.id))
             sync_dir(folder)
             move_durably(folder, data.work_dir(again.id))
@@ -88,7 +86,6 @@ def retry_batch(
     finally:
         for path in leftovers:
             remove_tree(path)
-        shutil.rmtree(folder, ignore_errors=True)
     BatchLog(data.log_file(again.id)).write(
         f"submitted: {summary.num_requests} requests that failed in {batch.id}"
     )
