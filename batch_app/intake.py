@@ -69,6 +69,7 @@ class Intake:
         self._offset = 0  # of the partial line's first byte, in the file
         self._line = 1  # number of the partial line
         self._any_bytes = False
+        self._is_other_text = False  # no line of it can be read: one error says so
         self._id_hashes = array("q")
         self._errors: list[LineError] = []
         self._num_errors = 0
@@ -133,6 +134,8 @@ class Intake:
             self._partial += piece
 
     def _end_line(self, raw: bytes) -> None:
+        if self._is_other_text:
+            return
         offset, line = self._offset, self._line
         self._line += 1
         if self._skipping or len(raw) > self._rules.max_line_bytes:
@@ -150,6 +153,7 @@ class Intake:
         self._offset += len(raw) + 1
         if line == 1:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                self._is_other_text = True
                 self._add_error(
                     LineError("invalid_json_line", "The file is UTF-16. Save it as UTF-8.", line)
                 )

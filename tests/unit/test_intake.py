@@ -95,6 +95,16 @@ def test_any_bytes_give_a_result_or_bad_lines(content: bytes, cuts: list[int]) -
     take(content, cuts)
 
 
+@pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("cuts", [[], list(range(500))])
+def test_a_utf_16_file_is_one_error(codec: str, cuts: list[int]) -> None:
+    content = ("\ufeff" + lines(50).decode()).encode(codec)
+    errors, num_errors = take(content, cuts)
+    assert num_errors == 1
+    assert isinstance(errors[0], LineError)
+    assert (errors[0].code, errors[0].line) == ("invalid_json_line", 1)
+
+
 _IDS = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=15, unique=True)
 _ENDS = st.sampled_from([b"\n", b"\r\n", b"\n\n", b"\r\n \n"])
 
