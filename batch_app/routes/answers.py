@@ -23,6 +23,21 @@ def refusals(*statuses: int, **models: Any) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": models.get(f"on_{status}", ErrorBody)} for status in statuses}
 
 
+def a_part_of(what: str) -> dict[int | str, dict[str, Any]]:
+    """What a route that answers `Range` declares beside the whole: a part, and no such part."""
+    part: dict[str, Any] = {"schema": {"type": "string"}}
+    return {
+        206: {
+            "description": f"The ranges of {what} that the request's `Range` names.",
+            "content": {JSONL: part, "multipart/byteranges": part},
+        },
+        416: {
+            "model": ErrorBody,
+            "description": "The range is beyond the end, which `content-range` tells.",
+        },
+    }
+
+
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
     """A JSON body in /openapi.json; `REQUEST_BODIES` of the dialect has to have the model."""
     return {"application/json": {"schema": {"$ref": REFERENCE.format(model=model.__name__)}}}

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 
 from batch_app.core import FilePurpose, StoredFile, Upload, UploadPart, UploadStatus
 from batch_app.errors import BadRequest, Conflict, NotFound, TooLarge
@@ -20,8 +20,16 @@ from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.housekeeping import remove_bytes
 from batch_app.incoming import receive
 from batch_app.multipart import clean_filename
-from batch_app.routes.answers import JSONL, form_schema, json_answer, json_schema, refusals
+from batch_app.routes.answers import (
+    JSONL,
+    a_part_of,
+    form_schema,
+    json_answer,
+    json_schema,
+    refusals,
+)
 from batch_app.routes.bodies import read_json
+from batch_app.routes.downloads import FileDownload
 from batch_app.routes.services import Services, services
 from batch_app.store import require_pending
 from batch_app.wire.openai import (
@@ -128,6 +136,7 @@ def get_file(request: Request, file_id: str) -> Response:
             "description": "The file's bytes, as they were uploaded or published.",
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
+        **a_part_of("the file"),
         **refusals(400, 404, 503),
     },
 )
@@ -142,7 +151,7 @@ def get_content(request: Request, file_id: str) -> Response:
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
         "x-content-type-options": "nosniff",
     }
-    return FileResponse(path, headers=headers, media_type=JSONL)
+    return FileDownload(path, headers=headers, media_type=JSONL)
 
 
 @files_router.delete(

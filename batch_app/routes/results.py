@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from itertools import chain
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import FileResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 
 from batch_app.core import Batch
 from batch_app.errors import BadRequest, Conflict, NotFound
 from batch_app.results import iter_results
-from batch_app.routes.answers import JSONL, refusals
+from batch_app.routes.answers import JSONL, a_part_of, refusals
 from batch_app.routes.downloads import (
+    FileDownload,
     ResultFilter,
     follow_log,
     in_blocks,
@@ -42,6 +43,7 @@ def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
             "`x-results-complete: false`: it has not, and these are the results so far.",
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
+        **a_part_of("the results of a finished batch"),
         **refusals(400, 404, 409, 503),
     },
 )
@@ -70,7 +72,7 @@ def get_results(
         )
     headers["x-results-complete"] = "true"
     if wanted is None:
-        return FileResponse(path, headers=headers, media_type=JSONL)
+        return FileDownload(path, headers=headers, media_type=JSONL)
     content = in_blocks(selected(lines_of_file(path), wanted))
     return StreamingResponse(content, headers=headers, media_type=JSONL)
 

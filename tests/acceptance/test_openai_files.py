@@ -7,6 +7,7 @@ import secrets
 import time
 from pathlib import Path
 
+import httpx
 import openai
 import pytest
 
@@ -27,6 +28,31 @@ def test_a_file_comes_back_byte_for_byte(idle_sdk: Sdk) -> None:
     assert file.expires_at is None
     assert idle_sdk.client.files.retrieve(file.id) == file
     assert idle_sdk.client.files.content(file.id).content == content
+
+
+def test_a_part_of_a_file(idle_sdk: Sdk) -> None:
+    content = secrets.token_bytes(1000)
+    file_id = idle_sdk.upload(content)
+
+    def ask(wanted: str) -> httpx.Response:
+        headers = {"Range": wanted}
+        return idle_sdk.client.files.content(file_id, extra_headers=headers).response
+
+    some = ask("bytes=200-299")
+    assert (some.status_code, some.content) == (206, content[200:300])
+    assert some.headers["content-range"] == "bytes 200-299/1000"
+    assert ask("bytes=-10").content == content[-10:]
+    for meaningless in ("lines=1-2", "bytes=9-2", "nonsense"):
+        whole = ask(meaningless)
+        assert (whole.status_code, whole.content) == (200, content)
+
+    sent = len(idle_sdk.sent)
+    with pytest.raises(openai.APIStatusError) as refusal:
+        ask("bytes=1000-")
+    assert len(idle_sdk.sent) == sent + 1
+    assert (refusal.value.status_code, refusal.value.code) == (416, "range_not_satisfiable")
+    assert refusal.value.response.headers["content-range"] == "bytes */1000"
+    assert refusal.value.request_id
 
 
 def test_an_empty_file_is_a_file(idle_sdk: Sdk) -> None:
