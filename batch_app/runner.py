@@ -13,20 +13,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import Any
 
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
-from batch_app.engine.base import EngineInfo, Outcome
+from batch_app.engine.base import Engine, Outcome
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     Conflict,
-    EngineDied,
     EngineError,
-    EngineHung,
-    EngineLoadError,
     IndexUnreadable,
     ModelNotFound,
     StorageFull,
@@ -36,26 +33,22 @@ from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.index import Index
 from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
-from batch_app.planner import Numbers, plan
+from batch_app.lives import Deliver, Lives
+from batch_app.planner import plan
 from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
-RETRY_LOAD_S = 2.0
-
 
 @dataclass(slots=True)
 class Tally:
-    """What this claim computed, for the benchmark: requests, tokens, seconds."""
+    """What this claim computed, for the benchmark: requests and tokens."""
 
-    load_s: float = 0.0
-    inference_s: float = 0.0
     num_requests: int = 0
     num_succeeded: int = 0
     tokens: TokenCounts = field(default_factory=TokenCounts)
-    info: EngineInfo | None = None
 
     def add(self, outcomes: list[Outcome]) -> None:
         self.num_requests += len(outcomes)
@@ -166,6 +159,7 @@ class _Run:
         self._batch_log = batch_log
         self._keeper = keeper
         self._tally = Tally()
+        self._lives: Lives | None = None
         self._next_progress = 0.0
         self._progress_tokens = 0
         self._progress_at = 0.0
@@ -203,59 +197,31 @@ class _Run:
         registry = ModelRegistry.load(self._settings.models)
         input_path = self._runner._data.input_file(self._batch.input_file_id)
         with input_path.open("rb") as inputs:
-            for model, numbers in plan(self._index, self._log.todo()):
-                self._run_group(registry, model, numbers, inputs)
-        self._keeper.flush()
 
-    def _run_group(
-        self, registry: ModelRegistry, model: str, numbers: Numbers, inputs: BinaryIO
-    ) -> None:
-        """Run the requests of one model, through as many engine lives as it takes."""
-        entry = registry.get(model)
-        restarts_in_vain = 0
-        while True:
-            done_before = self._tally.num_requests
-            try:
-                loaded = self._runner._slot.holds(entry)
-                if not loaded:
-                    self._batch_log.write(f"Loading {model} ({entry.engine}).")
-                engine, info = self._runner._slot.take(entry)
-                self._tally.info = info
-                if not loaded:
-                    self._tally.load_s += info.load_s
-                    self._batch_log.write(
-                        f"{model} loaded in {info.load_s:.1f} s on {info.device} "
-                        f"({info.engine} {info.engine_version})."
-                    )
-                window = Window(
+            def make_window(engine: Engine, size: int, deliver: Deliver) -> Window:
+                return Window(
                     engine,
-                    size=max(1, int(info.max_num_seqs * self._settings.window_factor)),
+                    size=size,
                     index=self._index,
                     inputs=inputs,
-                    deliver=self._deliver,
+                    deliver=deliver,
                     check=self._check,
                     drain_s=self._settings.drain_s,
                 )
-                started = time.monotonic()
-                try:
-                    window.run(numbers)
-                finally:
-                    self._tally.inference_s += time.monotonic() - started
-                return
-            except (EngineDied, EngineHung, EngineLoadError) as error:
-                self._runner._slot.unload()
-                if isinstance(error, EngineLoadError) and not error.retriable:
-                    raise
-                if self._tally.num_requests > done_before:
-                    restarts_in_vain = 0
-                restarts_in_vain += 1
-                if restarts_in_vain > self._settings.max_engine_restarts:
-                    raise
-                self._batch_log.write(f"{error.message} Starting the engine again.")
-                if self._runner._stop.wait(RETRY_LOAD_S * (restarts_in_vain - 1)):
-                    raise Stopped from None
-                self._keeper.flush()
-                numbers = numbers[[not self._log.is_done(int(n)) for n in numbers]]
+
+            lives = self._lives = Lives(
+                slot=self._runner._slot,
+                settings=self._settings,
+                log=self._log,
+                batch_log=self._batch_log,
+                keeper=self._keeper,
+                make_window=make_window,
+                deliver=self._deliver,
+                stop=self._runner._stop,
+            )
+            for model, numbers in plan(self._index, self._log.todo()):
+                lives.run(registry.get(model), numbers)
+        self._keeper.flush()
 
     def _check(self, *, draining: bool) -> None:
         """Raise whatever should end this run: LeaseLost, a full disk, Cancelled, Stopped."""
@@ -318,8 +284,8 @@ class _Run:
         tally = self._tally
         to = to or BatchStatus.COMPLETED
         speed = None
-        if tally.inference_s > 0 and tally.tokens.total_tokens:
-            speed = tally.tokens.total_tokens / tally.inference_s
+        if self._lives and self._lives.inference_s > 0 and tally.tokens.total_tokens:
+            speed = tally.tokens.total_tokens / self._lives.inference_s
         self._keeper.stop()
         self._keeper.check()
         batch = self._move(
@@ -355,9 +321,9 @@ class _Run:
             return store.transition(self._batch, BatchStatus.CANCELLED, now, **values)
 
     def _write_benchmark(self) -> None:
-        tally = self._tally
-        info = tally.info
-        if info is None or not tally.num_succeeded or len(self._index.models) != 1:
+        tally, lives = self._tally, self._lives
+        info = lives.info if lives else None
+        if lives is None or info is None or not tally.num_succeeded or len(self._index.models) != 1:
             return  # nothing was computed in this claim, or not by one model
         record = record_from_run(
             batch_id=self._batch.id,
@@ -369,7 +335,7 @@ class _Run:
             num_requests=tally.num_requests,
             success_count=tally.num_succeeded,
             load_s=info.load_s,
-            inference_s=tally.inference_s,
+            inference_s=lives.inference_s,
             prompt_tokens=tally.tokens.prompt_tokens,
             completion_tokens=tally.tokens.completion_tokens,
             engine_args={
