@@ -31,6 +31,7 @@ def a_part_of(what: str) -> dict[int | str, dict[str, Any]]:
             "description": f"The ranges of {what} that the request's `Range` names.",
             "content": {JSONL: part, "multipart/byteranges": part},
         },
+        304: {"description": "`If-None-Match` or `If-Modified-Since` names what is still there."},
         416: {
             "model": ErrorBody,
             "description": "The range is beyond the end, which `content-range` tells.",

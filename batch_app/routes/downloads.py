@@ -10,51 +10,12 @@ from pathlib import Path
 import anyio
 import orjson
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import FileResponse
-from starlette.types import Message, Receive, Scope, Send
 
 from batch_app.core import Batch
-from batch_app.routes.errors import json_response
 from batch_app.routes.services import Services
-from batch_app.wire.errors import error_body
 
 BLOCK_BYTES = 256 * 1024
 FOLLOW_INTERVAL_S = 0.25
-
-
-class FileDownload(FileResponse):
-    """A file, or those ranges of it that were asked for.
-
-    A range beyond the file's end is a 416 in the shape of every refusal, with `content-range`; a
-    Range header that means nothing is as good as none (RFC 9110, 14.2).
-    """
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal: Message | None = None
-
-        async def send_unless_refused(message: Message) -> None:
-            nonlocal refusal
-            if message["type"] == "http.response.start" and message["status"] in (400, 416):
-                refusal = message
-            if refusal is None:
-                await send(message)
-
-        await super().__call__(scope, receive, send_unless_refused)
-        if refusal is None:
-            return
-        if refusal["status"] == 400:
-            headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
-            await super().__call__({**scope, "headers": headers}, receive, send)
-            return
-        size = self.headers["content-length"]
-        body = error_body(
-            416,
-            f"The file has {size} bytes: the range that was asked for is not in it.",
-            code="range_not_satisfiable",
-            param="Range",
-        )
-        answer = json_response(body, 416, {"content-range": f"bytes */{size}"})
-        await answer(scope, receive, send)
 
 
 class ResultFilter(StrEnum):

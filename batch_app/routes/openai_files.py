@@ -29,8 +29,8 @@ from batch_app.routes.answers import (
     refusals,
 )
 from batch_app.routes.bodies import read_json
-from batch_app.routes.downloads import FileDownload
 from batch_app.routes.services import Services, services
+from batch_app.routes.transfer import FileDownload
 from batch_app.store import require_pending
 from batch_app.wire.openai import (
     DeletedFileBody,
@@ -128,12 +128,14 @@ def get_file(request: Request, file_id: str) -> Response:
     return json_answer(file_body(services(request).store.get_file(checked_file_id(file_id))))
 
 
+@files_router.head("/v1/files/{file_id}/content", include_in_schema=False)
 @files_router.get(
     "/v1/files/{file_id}/content",
     response_class=Response,
     responses={
         200: {
-            "description": "The file's bytes, as they were uploaded or published.",
+            "description": "The file's bytes, as they were uploaded or published. "
+            "Compressed where `Accept-Encoding` names gzip and no `Range` is asked for.",
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
         **a_part_of("the file"),
@@ -145,13 +147,15 @@ def get_content(request: Request, file_id: str) -> Response:
     own = services(request)
     file = own.store.get_file(checked_file_id(file_id))
     path = _path(own.data, file)
-    if not path.is_file():
-        raise NotFound(f"The content of {file.id} is gone.", param="file_id")
+    try:
+        known = path.stat()
+    except FileNotFoundError:
+        raise NotFound(f"The content of {file.id} is gone.", param="file_id") from None
     headers = {
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
         "x-content-type-options": "nosniff",
     }
-    return FileDownload(path, headers=headers, media_type=JSONL)
+    return FileDownload(path, known, headers, JSONL)
 
 
 @files_router.delete(

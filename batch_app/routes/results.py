@@ -13,7 +13,6 @@ from batch_app.errors import BadRequest, Conflict, NotFound
 from batch_app.results import iter_results
 from batch_app.routes.answers import JSONL, a_part_of, refusals
 from batch_app.routes.downloads import (
-    FileDownload,
     ResultFilter,
     follow_log,
     in_blocks,
@@ -22,6 +21,7 @@ from batch_app.routes.downloads import (
     selected,
 )
 from batch_app.routes.services import Services, checked_batch_id, services
+from batch_app.routes.transfer import FileDownload, streamed
 from batch_app.wire.native import STATUS_NAMES
 
 router = APIRouter(tags=["batches"])
@@ -34,13 +34,15 @@ def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
     return own, own.store.get_batch(checked_batch_id(batch_id))
 
 
+@router.head("/v1/batches/{batch_id}/results", include_in_schema=False)
 @router.get(
     "/v1/batches/{batch_id}/results",
     response_class=Response,
     responses={
         200: {
             "description": "One line a request, in input order once the batch has finished. "
-            "`x-results-complete: false`: it has not, and these are the results so far.",
+            "`x-results-complete: false`: it has not, and these are the results so far. "
+            "Compressed where `Accept-Encoding` names gzip and no `Range` is asked for.",
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
         **a_part_of("the results of a finished batch"),
@@ -61,20 +63,20 @@ def get_results(
         lines = _results_so_far(own, batch)
         if lines is not None:
             headers["x-results-complete"] = "false"
-            content = in_blocks(selected(lines, wanted))
-            return StreamingResponse(content, headers=headers, media_type=JSONL)
+            return streamed(request, in_blocks(selected(lines, wanted)), headers, JSONL)
         batch = own.store.get_batch(batch.id)
     path = own.data.results_file(batch)
-    if not path.is_file():
+    try:
+        known = path.stat()
+    except FileNotFoundError:
         raise NotFound(
             f"Batch {batch.id} has no results: it is {STATUS_NAMES[batch.status]}"
             f"{f' ({batch.error_message})' if batch.error_message else ''}."
-        )
+        ) from None
     headers["x-results-complete"] = "true"
     if wanted is None:
-        return FileDownload(path, headers=headers, media_type=JSONL)
-    content = in_blocks(selected(lines_of_file(path), wanted))
-    return StreamingResponse(content, headers=headers, media_type=JSONL)
+        return FileDownload(path, known, headers, JSONL)
+    return streamed(request, in_blocks(selected(lines_of_file(path), wanted)), headers, JSONL)
 
 
 def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
