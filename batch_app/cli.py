@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from batch_app import __version__
+from batch_app import __version__, key_commands
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError
 
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # they show local variables: prompts, keys
     rich_markup_mode=None,
 )
+app.add_typer(key_commands.app, name="keys")
 
 Host = Annotated[
     str | None, typer.Option(help="Address the API server listens on.", show_default="127.0.0.1")

@@ -10,9 +10,10 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -30,6 +31,13 @@ GIB = 1024 * MIB
 
 def _expand(path: Path) -> Path:
     return path.expanduser()
+
+
+def _split(value: object) -> object:
+    """`a, b` as the environment has it, or a list as TOML has it."""
+    if isinstance(value, str):
+        return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
+    return value
 
 
 ExpandedPath = Annotated[Path, AfterValidator(_expand)]
@@ -62,8 +70,44 @@ class Settings(BaseSettings):
     port: int = Field(8080, ge=0, le=65535, description="Port of the API server; 0 picks one.")
     no_auth: bool = Field(
         False,
-        description="Listen on an address that others can reach although no API keys exist: "
-        "anyone who reaches it may then use the GPU and read all results.",
+        description="Ask nobody for an API key, on any address: whoever reaches the server may "
+        "then use the GPU and read all results. See docs/security.md.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Host names, separated by commas, that requests may ask for besides this "
+        "machine's own (`localhost`, 127.0.0.1). Empty: any, where API keys or `no_auth` let "
+        "others in; else none.",
+    )
+    audit_max_bytes: int = Field(
+        16 * MIB,
+        gt=0,
+        description="Length, in bytes, at which a new file of the audit log is begun. Ten are "
+        "kept.",
+    )
+    max_unfinished_batches: int = Field(
+        1000,
+        ge=0,
+        description="Most batches of one API key (of all together, without keys) that have not "
+        "finished; further ones are refused with 429. 0 means no limit.",
+    )
+    max_open_uploads: int = Field(
+        32,
+        gt=0,
+        description="Most uploads of one API key (of all together, without keys) that may be on "
+        "their way at once; further ones are refused with 429.",
+    )
+    client_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds that the server waits for a request's headers, and for each next "
+        "piece of its body.",
+    )
+    min_upload_bytes_per_s: int = Field(
+        1024,
+        ge=0,
+        description="Slowest upload that is put up with, in bytes per second, on average after "
+        "`client_timeout_s`. 0 means any.",
     )
     min_free_bytes: int = Field(
         256 * MIB,
@@ -148,7 +192,12 @@ class Settings(BaseSettings):
     def resolved_database_url(self) -> str:
         if self.database_url:
             return self.database_url
-        return f"sqlite:///{self.data_dir / 'database' / 'batch_jobs.db'}"
+        return f"sqlite:///{self.sqlite_file}"
+
+    @property
+    def sqlite_file(self) -> Path:
+        """Where the database is, unless `database_url` names another."""
+        return self.data_dir / "database" / "batch_jobs.db"
 
     @classmethod
     def settings_customise_sources(

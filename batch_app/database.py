@@ -169,6 +169,20 @@ upload_parts = Table(
     Column("created_at", UtcDateTime, nullable=False),
 )
 
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("owner", String(64), nullable=False),
+    Column("digest", String(64), nullable=False),
+    Column("scopes", String(64), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime),
+    Column("last_used_at", UtcDateTime),
+    Column("revoked_at", UtcDateTime),
+)
+
 workers = Table(
     "workers",
     metadata,

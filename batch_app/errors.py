@@ -7,6 +7,10 @@
     │   ├── TooLarge               … because it exceeds a limit                      413
     │   ├── IdempotencyMismatch    … because its key belongs to another request      422
     │   └── UnsupportedMedia       … because of its content type or encoding         415
+    ├── Unauthenticated            no API key, or none that opens anything          401
+    ├── Forbidden                  the caller may not do this                       403
+    ├── TooMany                    the caller has too much under way                429
+    ├── TooSlow                    the caller's body does not arrive                408
     ├── NotFound                   no such batch or file                            404
     │   └── ModelNotFound          the model is not in the registry                 404
     ├── Conflict                   it exists, but its state forbids this            409
@@ -84,6 +88,52 @@ class IdempotencyMismatch(BadRequest):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, code="idempotency_key_reused", param="Idempotency-Key")
+
+
+class Unauthenticated(BatchAppError):
+    """An API key is asked for, and this isn't one that opens anything.
+
+    `key_id` is the key's that was once good, for the audit log; None where it never was, or none
+    was given (`is_missing`).
+    """
+
+    code = "invalid_api_key"
+
+    def __init__(
+        self, message: str, *, key_id: str | None = None, is_missing: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.key_id = key_id
+        self.is_missing = is_missing
+
+
+class Forbidden(BatchAppError):
+    """The caller may not do this. `scope` is the one that their key lacks, if that is why."""
+
+    def __init__(
+        self, message: str, *, code: str = "insufficient_scope", scope: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.scope = scope
+
+
+class TooMany(BatchAppError):
+    """The caller has too much under way. `repeatable`: trying again in `retry_after_s` may help."""
+
+    def __init__(
+        self, message: str, *, code: str, retry_after_s: int, repeatable: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
+        self.repeatable = repeatable
+
+
+class TooSlow(BatchAppError):
+    """The body of a request did not arrive in time. Nothing of it remains."""
+
+    code = "request_timeout"
 
 
 class NotFound(BatchAppError):

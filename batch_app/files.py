@@ -8,6 +8,7 @@
                    uploads/UPLOAD/PART  a file that arrives in parts
                    active/BATCH/       index and results log of a batch, gone once it is published
 <data_dir>/database/batch_jobs.db      the store, when it is SQLite
+<data_dir>/logs/audit.jsonl            who did what; audit.jsonl.1 and so on: earlier ones
 ```
 
 Names are ids that the server made, never anything a user sent.
@@ -96,6 +97,15 @@ class DataDir:
     @property
     def wakeup_file(self) -> Path:
         return self.root / "database" / "queue.signal"
+
+    @property
+    def key_changes_file(self) -> Path:
+        """Grows by a byte with every key that is made or revoked."""
+        return self.root / "database" / "keys.changes"
+
+    @property
+    def audit_file(self) -> Path:
+        return self.root / "logs" / "audit.jsonl"
 
     @property
     def engine_log_dir(self) -> Path:

@@ -20,12 +20,16 @@ from batch_app.errors import (
     BadRequest,
     BatchAppError,
     Conflict,
+    Forbidden,
     IdempotencyMismatch,
     ModelNotFound,
     NotFound,
     StorageFull,
     StoreUnavailable,
     TooLarge,
+    TooMany,
+    TooSlow,
+    Unauthenticated,
     UnsupportedMedia,
 )
 from batch_app.wire.errors import ErrorBody, bad_lines_body, error_body
@@ -34,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 NO_RETRY = {"x-should-retry": "false"}
 RETRY_SOON = {"retry-after": "2"}
+CHALLENGE = 'Bearer realm="vllm-batch"'
+INVALID_TOKEN = f'{CHALLENGE}, error="invalid_token"'
 
 #: The most specific class decides. What isn't here, nor below something that is, is a 500.
 STATUS: Mapping[type[BatchAppError], int] = {
@@ -42,6 +48,10 @@ STATUS: Mapping[type[BatchAppError], int] = {
     TooLarge: 413,
     IdempotencyMismatch: 422,
     UnsupportedMedia: 415,
+    Unauthenticated: 401,
+    Forbidden: 403,
+    TooMany: 429,
+    TooSlow: 408,
     NotFound: 404,
     ModelNotFound: 404,
     Conflict: 409,
@@ -69,7 +79,7 @@ def status_of(error: BatchAppError) -> int:
 def answer(error: BatchAppError) -> Response:
     """The answer that an error raised on purpose becomes."""
     status = status_of(error)
-    headers = _HEADERS.get(status)
+    headers = _headers(error, status)
     if isinstance(error, BadLines):
         body = bad_lines_body(
             error.message, error.errors, error.num_errors, code=error.code, param=error.param
@@ -86,6 +96,18 @@ def answer(error: BatchAppError) -> Response:
     if isinstance(error, StoreUnavailable):
         message = "The database does not answer at the moment. Try again shortly."
     return json_response(error_body(status, message, code=code, param=param), status, headers)
+
+
+def _headers(error: BatchAppError, status: int) -> Mapping[str, str] | None:
+    if isinstance(error, TooMany):
+        retry = {"retry-after": str(error.retry_after_s)}
+        return retry if error.repeatable else retry | NO_RETRY
+    if isinstance(error, Unauthenticated):
+        return {"www-authenticate": CHALLENGE if error.is_missing else INVALID_TOKEN}
+    if isinstance(error, Forbidden) and error.scope is not None:
+        scope = f', error="insufficient_scope", scope="{error.scope}"'
+        return {"www-authenticate": CHALLENGE + scope}
+    return _HEADERS.get(status)
 
 
 def internal_error() -> Response:
