@@ -185,7 +185,14 @@ class Settings(BaseSettings):
         5,
         ge=0,
         description="Restarts of the engine in one batch without a single result in between, "
-        "after which the batch fails.",
+        "after which the batch fails. The search for a request that kills it has restarts of its "
+        "own, as many as it takes to find one in a window.",
+    )
+    engine_backoff_s: float = Field(
+        1.0,
+        ge=0,
+        description="Seconds before the second restart in a row; each further one waits twice as "
+        "long, up to a minute.",
     )
 
     @property

@@ -22,6 +22,7 @@
     └── EngineError
         ├── EngineLoadError        the model could not be loaded
         ├── EngineDied             the engine process ended by itself
+        │   └── EngineOutOfMemory  … because it had too little memory
         ├── EngineHung             no progress for too long; it was killed
         └── EngineInterrupted      its owner wanted to stop while it was loading
 
@@ -198,6 +199,10 @@ class EngineDied(EngineError):
     def __init__(self, message: str, *, exit_code: int | None = None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class EngineOutOfMemory(EngineDied):
+    """The engine process ended because it had too little memory, of the device or the machine."""
 
 
 class EngineHung(EngineError):

@@ -21,7 +21,7 @@ from batch_app.engine.base import Outcome
 from batch_app.errors import BatchAppError, LeaseLost, StoreUnavailable
 from batch_app.results import ResultsLog
 from batch_app.store import Store
-from batch_app.wire.lines import response_line
+from batch_app.wire.lines import error_line, response_line
 
 #: Results that may wait for a commit before `deliver` makes the engine's loop wait too.
 MAX_BACKLOG = 20_000
@@ -143,18 +143,19 @@ class Keeper:
                     outcome.cached_tokens,
                     outcome.reasoning_tokens,
                 ),
-                response_line(
-                    self._batch.id,
-                    outcome.number,
-                    delivery.custom_id,
-                    outcome.status_code,
-                    outcome.body,
-                ),
+                self._line(delivery),
             )
         self._log.commit()
         for delivery in deliveries:
             if delivery.outcome.status_code != 200:
                 self._log_failure(delivery)
+
+    def _line(self, delivery: Delivery) -> bytes:
+        batch_id, custom_id, outcome = self._batch.id, delivery.custom_id, delivery.outcome
+        number, body = outcome.number, outcome.body
+        if outcome.error_code:
+            return error_line(batch_id, number, custom_id, outcome.error_code, body.decode())
+        return response_line(batch_id, number, custom_id, outcome.status_code, body)
 
     def _tell(self) -> None:
         progress = self._log.progress
@@ -192,6 +193,8 @@ class Keeper:
 def failure_reason(outcome: Outcome) -> str:
     """Status, type and field of a failure. The message is left out unless it only speaks of
     lengths: messages may repeat what the request said, and that never stands in a log."""
+    if outcome.error_code:
+        return outcome.error_code
     try:
         error = orjson.loads(outcome.body)["error"]
         kind, param, message = error.get("type"), error.get("param"), str(error.get("message"))

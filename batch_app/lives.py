@@ -1,6 +1,8 @@
 """The lives of the engine: requests of one model run to their end, however often it has to start.
 
-A death costs the requests in flight, and only their time: what is delivered is done.
+A death costs the requests in flight, and only their time: what is delivered is done. Whoever was in
+flight becomes a suspect and runs last, apart from the others (`suspects`), until the one that kills
+the engine is found, or all have their answers.
 """
 
 from __future__ import annotations
@@ -8,20 +10,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.engine.base import Engine, EngineInfo
+from batch_app.engine.base import Engine, EngineInfo, Outcome
 from batch_app.engine.slot import EngineSlot
-from batch_app.errors import EngineDied, EngineHung, EngineLoadError
+from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
 from batch_app.keeper import Delivery, Keeper
 from batch_app.planner import Numbers
 from batch_app.registry import ModelEntry
 from batch_app.results import ResultsLog
-from batch_app.window import Stopped, Window
+from batch_app.suspects import DEATHS_ALONE, Suspects
+from batch_app.window import Check, Window
 
-RETRY_LOAD_S = 2.0
+LONGEST_BACKOFF_S = 60.0
+#: More requests than this that kill the engine say that something else is wrong.
+MAX_GUILTY = 100
+#: How often the engine is started with less after it ran out of memory.
+MAX_SHRINKS = 4
+SUSPECTS_FILE = "suspects.json"
+QUARANTINED = "request_quarantined"
 
 Deliver = Callable[[list[Delivery], int], None]
 
@@ -40,22 +52,32 @@ class Lives:
         *,
         slot: EngineSlot,
         settings: Settings,
+        work_dir: Path,
         log: ResultsLog,
         batch_log: BatchLog,
         keeper: Keeper,
         make_window: MakeWindow,
         deliver: Deliver,
+        custom_id: Callable[[int], str],
+        check: Check,
         stop: threading.Event,
     ) -> None:
         self._slot = slot
         self._settings = settings
+        self._suspects_path = work_dir / SUSPECTS_FILE
+        self._suspects = Suspects.load(self._suspects_path)
         self._log = log
         self._batch_log = batch_log
         self._keeper = keeper
         self._make_window = make_window
         self._pass_on = deliver
+        self._custom_id = custom_id
+        self._check = check
         self._stop = stop
-        self._num_answers = 0
+        self._num_guilty = 0
+        self._num_shrinks = 0
+        self._deaths_in_a_row = 0  # without an answer in between
+        self._longest_search = 0
         #: Of the engine that ran last.
         self.info: EngineInfo | None = None
         #: Seconds in which requests were in flight.
@@ -65,37 +87,54 @@ class Lives:
         """Run these requests, in this order.
 
         Raises:
-            EngineError: it can't be loaded, or was started too often without a result.
+            EngineError: it can't be loaded, or was started too often without an answer.
+            StorageFull, OSError: who is a suspect can't be written down.
             Stopped, Cancelled and the like: as `Window.run`.
         """
-        restarts_in_vain = 0
+        self._num_shrinks = 0
         while True:
-            answers_before = self._num_answers
-            try:
-                self._live(entry, numbers)
+            numbers = self._without_the_guilty(numbers)
+            if not len(numbers):
                 return
-            except (EngineDied, EngineHung, EngineLoadError) as error:
-                self._slot.unload()
-                if isinstance(error, EngineLoadError) and not error.retriable:
+            suspected = np.isin(numbers, self._suspects.numbers)
+            beside = not suspected.all()
+            if beside:
+                group = numbers[~suspected]
+            else:
+                group = np.array(self._suspects.next_group(set(numbers.tolist())), dtype=np.int64)
+                self._batch_log.write(
+                    f"Now, apart from the others, {len(group):,} of those in flight when it died."
+                )
+            try:
+                self._live(entry, group, beside=beside)
+            except EngineOutOfMemory as error:
+                smaller = self._smaller(entry)
+                self._count_death(error)
+                if smaller is not None:
+                    entry = smaller
+            except (EngineDied, EngineHung) as error:
+                self._count_death(error)
+            except EngineLoadError as error:
+                if not error.retriable:
                     raise
-                if self._num_answers > answers_before:
-                    restarts_in_vain = 0
-                restarts_in_vain += 1
-                if restarts_in_vain > self._settings.max_engine_restarts:
-                    raise
-                self._batch_log.write(f"{error.message} Starting the engine again.")
-                if self._stop.wait(RETRY_LOAD_S * (restarts_in_vain - 1)):
-                    raise Stopped from None
-                self._keeper.flush()
-                numbers = numbers[[not self._log.is_done(int(n)) for n in numbers]]
+                self._count_death(error)
 
-    def _live(self, entry: ModelEntry, numbers: Numbers) -> None:
+    # -- one life ------------------------------------------------------------------------------
+
+    def _live(self, entry: ModelEntry, group: Numbers, *, beside: bool) -> None:
         engine, info = self._load(entry)
         size = max(1, int(info.max_num_seqs * self._settings.window_factor))
         window = self._make_window(engine, size, self._deliver)
         started = time.monotonic()
         try:
-            window.run(numbers)
+            window.run(group)
+        except EngineOutOfMemory:
+            if info.max_num_seqs < 2 or self._num_shrinks >= MAX_SHRINKS:
+                self._suspect(window, beside=beside)
+            raise
+        except (EngineDied, EngineHung):
+            self._suspect(window, beside=beside)
+            raise
         finally:
             self.inference_s += time.monotonic() - started
 
@@ -113,5 +152,92 @@ class Lives:
         return engine, info
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
-        self._num_answers += len(deliveries)
+        if deliveries:
+            self._deaths_in_a_row = self._longest_search = 0
         self._pass_on(deliveries, num_in_flight)
+
+    # -- deaths --------------------------------------------------------------------------------
+
+    def _suspect(self, window: Window, *, beside: bool) -> None:
+        """Write down who was in flight, before anything else is tried."""
+        in_flight = window.in_flight
+        if not beside:
+            self._longest_search = max(self._longest_search, self._suspects.longest_search)
+        self._suspects.died(in_flight, beside=beside)
+        self._suspects.save(self._suspects_path)
+        if in_flight:
+            self._batch_log.write(
+                f"{len(in_flight):,} requests were in flight; they run again, after the others."
+            )
+
+    def _count_death(self, error: EngineError) -> None:
+        """Get ready for another start.
+
+        Raises the error where there were too many, and what `check` raises while it waits.
+        """
+        self._slot.unload()
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row > self._settings.max_engine_restarts + self._longest_search:
+            raise EngineError(
+                f"The engine ended {self._deaths_in_a_row} times without an answer in between "
+                f"(max_engine_restarts). The last time: {error.message}"
+            ) from error
+        self._batch_log.write(f"{error.message} Starting the engine again.")
+        if self._deaths_in_a_row > 1:
+            wait_s = self._settings.engine_backoff_s * 2.0 ** (self._deaths_in_a_row - 2)
+            deadline = time.monotonic() + min(wait_s, LONGEST_BACKOFF_S)
+            while (remaining := deadline - time.monotonic()) > 0:
+                self._check(draining=False)
+                self._stop.wait(min(remaining, 1.0))
+        self._check(draining=False)
+
+    def _smaller(self, entry: ModelEntry) -> ModelEntry | None:
+        """The entry with half the requests at a time; None if it was made smaller often enough."""
+        info = self.info
+        if info is None or info.max_num_seqs < 2 or self._num_shrinks >= MAX_SHRINKS:
+            return None
+        self._num_shrinks += 1
+        max_num_seqs = info.max_num_seqs // 2
+        self._batch_log.write(
+            f"The engine ran out of memory; from now on max_num_seqs is {max_num_seqs} instead of "
+            f"{info.max_num_seqs}, for this batch."
+        )
+        engine_args = {**entry.engine_args, "max_num_seqs": max_num_seqs}
+        return entry.model_copy(update={"engine_args": engine_args})
+
+    def _without_the_guilty(self, numbers: Numbers) -> Numbers:
+        """Those of these requests that are to run, after the guilty have their error lines.
+
+        While the engine has answered nothing at all, that waits: it may die of anything.
+        """
+        self._keeper.flush()
+        self._suspects.forget(self._log.is_done)
+        guilty = self._suspects.guilty
+        numbers = self._log.undone(numbers)
+        rest = numbers[~np.isin(numbers, guilty)]
+        if guilty and (self._log.progress.completed or not len(rest)):
+            self._quarantine(guilty)
+        self._suspects.save(self._suspects_path)
+        return rest
+
+    def _quarantine(self, guilty: list[int]) -> None:
+        for number in guilty:
+            self._num_guilty += 1
+            if self._num_guilty > MAX_GUILTY:
+                raise EngineError(
+                    f"More than {MAX_GUILTY} requests killed the engine. Something else is wrong."
+                )
+            custom_id = self._custom_id(number)
+            self._batch_log.write(
+                f"Request {custom_id} is quarantined: the engine died {DEATHS_ALONE} times with "
+                "no other request in flight."
+            )
+            message = (
+                f"The engine died {DEATHS_ALONE} times with only this request in flight. "
+                "It was not run again."
+            )
+            outcome = Outcome(number, 500, message.encode(), error_code=QUARANTINED)
+            self._pass_on([Delivery(custom_id, outcome)], 0)
+        self._deaths_in_a_row = 0  # the engine works, but for these
+        self._keeper.flush()
+        self._suspects.forget(self._log.is_done)

@@ -228,6 +228,14 @@ class ResultsLog:
         """Numbers of the requests without a committed result, ascending."""
         return np.flatnonzero(self._segment_of == 0).astype(np.int64)
 
+    def undone(
+        self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """Those of these requests without a committed result, in the same order."""
+        undone: np.ndarray[tuple[int], np.dtype[np.int64]]
+        undone = numbers[self._segment_of[numbers] == 0]
+        return undone
+
     def status_code(self, number: int) -> int:
         """Of a done request; 0 for one that isn't."""
         return int(self._status[number])

@@ -29,7 +29,7 @@ from batch_app.errors import (
     StorageFull,
 )
 from batch_app.files import DataDir, remove_tree
-from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
+from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish, read_custom_id
 from batch_app.index import Index
 from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
@@ -212,11 +212,14 @@ class _Run:
             lives = self._lives = Lives(
                 slot=self._runner._slot,
                 settings=self._settings,
+                work_dir=self._runner._data.work_dir(self._batch.id),
                 log=self._log,
                 batch_log=self._batch_log,
                 keeper=self._keeper,
                 make_window=make_window,
                 deliver=self._deliver,
+                custom_id=lambda number: read_custom_id(inputs, self._index, number),
+                check=self._check,
                 stop=self._runner._stop,
             )
             for model, numbers in plan(self._index, self._log.todo()):

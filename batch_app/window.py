@@ -67,6 +67,11 @@ class Window:
         self._drain_s = drain_s
         self._custom_ids: dict[int, str] = {}  # of the requests in flight, by number
 
+    @property
+    def in_flight(self) -> list[int]:
+        """The numbers of the requests that the engine has; after `run`: had when it ended."""
+        return list(self._custom_ids)
+
     def run(self, numbers: Numbers) -> None:
         """Run these requests, in this order.
 

@@ -48,6 +48,8 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     `body` is the JSON body that `vllm serve` would have answered: the response for `status_code`
     200, else `{"error": {"message", "type", "param", "code"}}`. Token counts are those of the
     body's `usage`, repeated here so that nobody has to parse it again.
+
+    Where `error_code` is set there is no response at all, and `body` is the error's message.
     """
 
     number: int
@@ -57,6 +59,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    error_code: str = ""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

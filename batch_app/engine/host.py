@@ -45,7 +45,14 @@ from batch_app.engine.channel import (
     from_engine_decoder,
 )
 from batch_app.engine.fetch import local_folder
-from batch_app.errors import EngineDied, EngineHung, EngineInterrupted, EngineLoadError
+from batch_app.engine.memory import num_oom_kills, says_out_of_memory
+from batch_app.errors import (
+    EngineDied,
+    EngineHung,
+    EngineInterrupted,
+    EngineLoadError,
+    EngineOutOfMemory,
+)
 
 _TICK_S = 0.2
 _DUMP_GRACE_S = 1.0
@@ -90,6 +97,8 @@ class EngineHost(Engine):
         self._stats = EngineStats()
         self._in_flight: set[int] = set()
         self._last_progress = 0.0
+        self._log_start = 0
+        self._oom_kills_before = 0
 
     @property
     def pid(self) -> int | None:
@@ -187,7 +196,9 @@ class EngineHost(Engine):
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         if self._log_path.exists() and self._log_path.stat().st_size > _MAX_LOG_BYTES:
             self._log_path.replace(self._log_path.with_suffix(".log.1"))
+        self._oom_kills_before = num_oom_kills()
         with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "batch_app.engine.child", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -222,7 +233,8 @@ class EngineHost(Engine):
             raise self._died()
         if isinstance(message, Fatal):
             self.close()
-            raise EngineDied(f"The engine failed: {message.message}")
+            kind = EngineOutOfMemory if says_out_of_memory(message.message) else EngineDied
+            raise kind(f"The engine failed: {message.message}")
         if isinstance(message, Reading):
             if _has_progressed(self._stats, message.stats):
                 self._last_progress = time.monotonic()
@@ -240,10 +252,24 @@ class EngineHost(Engine):
         if exit_code is not None and exit_code < 0:
             with contextlib.suppress(ValueError):
                 how = f"killed by {signal.Signals(-exit_code).name}"
-        return EngineDied(
+        kind: type[EngineDied] = EngineDied
+        if self._ran_out_of_memory(exit_code):
+            kind, how = EngineOutOfMemory, f"out of memory, {how}"
+        return kind(
             f"The engine process ended ({how}); its output is in {self._log_path}.",
             exit_code=exit_code,
         )
+
+    def _ran_out_of_memory(self, exit_code: int | None) -> bool:
+        if exit_code == -signal.SIGKILL:  # nothing can be said after that; the kernel keeps count
+            return num_oom_kills() > self._oom_kills_before
+        try:
+            with self._log_path.open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._log_start, end - _LOG_TAIL_BYTES))
+                return says_out_of_memory(log.read().decode(errors="replace"))
+        except OSError:
+            return False
 
     def _check_hang(self) -> None:
         silent_s = time.monotonic() - self._last_progress

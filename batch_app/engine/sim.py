@@ -6,7 +6,8 @@ prompt) said back, so that a test can tell whose answer it holds.
 
 `engine_args` it knows, all optional: `max_num_seqs`, `max_model_len` (tokens are words here),
 `prefill_token_s` and `decode_step_s` (seconds a prompt token, and an output token, take),
-`load_s`, and the faults `fail_load`, `die_after`, `hang_after` (after so many answers).
+`load_s`, and the faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison`
+(it dies of a prompt with this word) and `memory_seqs` (for more at a time it has no memory).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from batch_app.engine.base import (
     ModelSpec,
     Outcome,
 )
-from batch_app.errors import EngineLoadError
+from batch_app.errors import EngineLoadError, EngineOutOfMemory
 
 _KNOWN_ARGS = frozenset(
     {
@@ -43,6 +44,8 @@ _KNOWN_ARGS = frozenset(
         "fail_load",
         "die_after",
         "hang_after",
+        "poison",
+        "memory_seqs",
     }
 )
 _ENDPOINTS = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
@@ -133,6 +136,8 @@ class SimEngine(Engine):
                 + outcome.completion_tokens * self._decode_step_s
             )
             heapq.heappush(self._running, (now + duration_s, request.number, outcome))
+        if len(self._running) > self._spec.engine_args.get("memory_seqs", len(self._running)):
+            raise EngineOutOfMemory("Out of memory, as the registry says.")
 
     def _count(self, outcome: Outcome) -> None:
         self._num_answers += 1
@@ -156,6 +161,8 @@ class SimEngine(Engine):
         if body.get("stream"):
             return _refusal(request.number, 400, "A batch can't stream.", "stream")
         words = text.split()
+        if self._spec.engine_args.get("poison") in words:
+            os.kill(os.getpid(), signal.SIGKILL)
         if len(words) > self._max_model_len:
             return _refusal(
                 request.number,

@@ -1,8 +1,9 @@
 """One line of a published file, the same in both dialects.
 
 `{"id", "custom_id", "response": {"status_code", "request_id", "body"}, "error"}`: a request that
-was answered has a `response` (of whatever status) and no `error`; one that never ran has an `error`
-and no `response`. Lines are put together from bytes, since the body is JSON already.
+was answered has a `response` (of whatever status) and no `error`; one that never ran, or that the
+engine died of, has an `error` and no `response`. Lines are put together from bytes, since the body
+is JSON already.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def response_line(
 
 
 def error_line(batch_id: str, number: int, custom_id: str, code: str, message: str) -> bytes:
-    """For a request that never ran."""
+    """For a request that has no response."""
     line_id, _ = request_ids(batch_id, number)
     return orjson.dumps(
         {

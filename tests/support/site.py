@@ -32,6 +32,8 @@ SIM_MODELS: dict[str, dict[str, Any]] = {
     "unloadable": {"fail_load": "No such weights."},
     "mortal": {"die_after": 300, "max_num_seqs": 16},
     "hanging": {"hang_after": 30, "max_num_seqs": 8},
+    "delicate": {"poison": "arsenic", "max_num_seqs": 16, "decode_step_s": 0.001},
+    "small-memory": {"memory_seqs": 5, "max_num_seqs": 16, "decode_step_s": 0.001},
 }
 
 
