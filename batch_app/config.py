@@ -128,6 +128,26 @@ class Settings(BaseSettings):
         100, gt=0, description="How many line errors a refused file reports; the rest are counted."
     )
 
+    # How long things are kept
+    retention_input_s: int = Field(
+        0,
+        ge=0,
+        description="Seconds after its upload that an input file is removed, unless a batch that "
+        "has not finished needs it: then once that has. An `expires_after` of its own may come "
+        "earlier, not later. 0: kept for ever.",
+    )
+    retention_output_s: int = Field(
+        0,
+        ge=0,
+        description="Seconds after the end of a batch that its results are removed. An "
+        "`output_expires_after` of its own may come earlier, not later. 0: kept for ever.",
+    )
+    retention_log_s: int = Field(
+        0,
+        ge=0,
+        description="Seconds after the end of a batch that its log is removed. 0: kept for ever.",
+    )
+
     # Worker
     poll_interval_s: float = Field(
         10.0,

@@ -203,6 +203,10 @@ class Batch:
     def is_terminal(self) -> bool:
         return self.status in TERMINAL
 
+    @property
+    def ended_at(self) -> datetime | None:
+        return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:

@@ -2,14 +2,16 @@
 
 In each API server, one round every second: batches that have to end (cancelled, or out of time) and
 that no worker has in its hands get their files; files and uploads whose time has come are removed.
-Every step may be cut off, done twice, or done by two servers at once.
+Now and then it sweeps up what crashes left. Every step may be cut off, done twice, or done by two
+servers at once.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from batch_app.batch_log import BatchLog
@@ -28,18 +30,23 @@ from batch_app.files import DataDir, remove_tree
 from batch_app.finalize import CANCELLED, EXPIRED, Published, Unfinished, publish
 from batch_app.index import Index
 from batch_app.intake import index_file
+from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
+from batch_app.retention import Retention
 from batch_app.store import Store
 from batch_app.validation import intake_rules
+
+logger = logging.getLogger(__name__)
 
 #: To write the files of a batch; with more time than this, another server would do it as well.
 LEASE_S = 300.0
 #: How long a client may repeat a request under its Idempotency-Key.
 KEYS_KEPT = timedelta(days=2)
+SWEEP_EVERY = timedelta(minutes=10)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Housekeeping:
     """One round is `run_once`; it raises StoreUnavailable, StorageFull or OSError."""
 
@@ -49,13 +56,14 @@ class Housekeeping:
     registry: ModelRegistry
     holder: str
     clock: Callable[[], datetime] = utc_now
+    _next_sweep: datetime | None = field(default=None, init=False)
 
     def run_once(self) -> bool:
         """Do what is due. Returns whether there may be more."""
         closed = self._close_one()
         removed = self._remove_expired_files()
         self._end_expired_uploads()
-        self.store.forget_keys(self.clock() - KEYS_KEPT)
+        self._sweep()
         return closed or removed
 
     def _close_one(self) -> bool:
@@ -110,18 +118,42 @@ class Housekeeping:
         return Index.load(folder)
 
     def _remove_expired_files(self) -> bool:
-        expired = self.store.expired_files(self.clock())
+        now, retention = self.clock(), Retention.of(self.settings)
+        expired = self.store.expired_files(now, retention.outlived(now))
         for file in expired:
             # Deleted by somebody else just now, or needed by a batch just created.
             with suppress(NotFound, Conflict):
-                self.store.delete_file(file.id, self.clock())
+                self.store.delete_file(file.id, now)
                 remove_bytes(self.data, self.store, file)
+                logger.info(
+                    "Removed %s (%s, %d bytes), made %s: expired %s.",
+                    file.id,
+                    file.purpose.value,
+                    file.size_bytes,
+                    file.created_at.isoformat(timespec="seconds"),
+                    str(retention.applied_to(file).expires_at),
+                )
         return bool(expired)
 
     def _end_expired_uploads(self) -> None:
         for upload in self.store.expired_uploads(self.clock()):
             if self.store.get_upload(upload.id, self.clock()).status is UploadStatus.EXPIRED:
                 remove_tree(self.data.upload_dir(upload.id))
+
+    def _sweep(self) -> None:
+        now = self.clock()
+        if self._next_sweep is not None and now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_EVERY  # also when this one fails
+        self.store.forget_keys(now - KEYS_KEPT)
+        kept_s = self.settings.retention_log_s
+        num_removed = self.data.sweep_incoming() + remove_orphans(
+            self.data,
+            self.store,
+            logs_ended_before=now - timedelta(seconds=kept_s) if kept_s else None,
+        )
+        if num_removed:
+            logger.info("Removed %d files and folders that nothing needs any more.", num_removed)
 
 
 def remove_bytes(data: DataDir, store: Store, file: StoredFile) -> None:

@@ -151,6 +151,7 @@ class Incoming(ABC, Generic[T]):
         if file is None:
             raise BadRequest(f'The form has no "{self.file_field}".', param=self.file_field)
         with no_room_is_storage_full("receiving the upload"):
+            os.utime(file.fileno())  # an orphan's age counts from here, however slow its client was
             os.fsync(file.fileno())
             file.close()
         return self._accept()

@@ -64,7 +64,10 @@ def retry_batch(
         with no_room_is_storage_full("preparing the retry"), IncomingFolder(data) as folder:
             source = folder / "input.jsonl"
             with source.open("wb") as file:
-                file.writelines(_failed_lines(input_path, results_path))
+                try:
+                    file.writelines(_failed_lines(input_path, results_path))
+                except FileNotFoundError:  # just now
+                    raise NotFound(f"Files of {batch.id} were deleted.", param="batch_id") from None
             summary = index_file(source, folder, intake_rules(batch, settings, registry))
             input_file = StoredFile(
                 id=new_id("file"),

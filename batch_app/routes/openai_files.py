@@ -96,7 +96,7 @@ async def create_file(request: Request) -> Response:
     own = services(request)
     upload = FileUpload(own.for_uploads)
     file = await receive(upload, dict(request.headers), request.stream())
-    return json_answer(file_body(file))
+    return json_answer(file_body(own.retention.applied_to(file)))
 
 
 @files_router.get("/v1/files", response_model=FileListBody, responses=refusals(400, 404, 503))
@@ -113,19 +113,22 @@ def list_files(
         wanted = as_purpose(purpose)
         if wanted is None:
             return json_answer(file_list_body([], has_more=False))
-    page, has_more = services(request).store.list_files(
+    own = services(request)
+    page, has_more = own.store.list_files(
         limit=limit,
         after=None if after is None else checked_file_id(after),
         purpose=wanted,
         newest_first=order == "desc",
     )
-    return json_answer(file_list_body(page, has_more))
+    return json_answer(file_list_body([own.retention.applied_to(file) for file in page], has_more))
 
 
 @files_router.get("/v1/files/{file_id}", response_model=FileBody, responses=refusals(400, 404, 503))
 def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
-    return json_answer(file_body(services(request).store.get_file(checked_file_id(file_id))))
+    own = services(request)
+    file = own.store.get_file(checked_file_id(file_id))
+    return json_answer(file_body(own.retention.applied_to(file)))
 
 
 @files_router.head("/v1/files/{file_id}/content", include_in_schema=False)
@@ -193,7 +196,8 @@ def _pending_upload(own: Services, upload_id: str) -> Upload:
 def _file_of(own: Services, upload: Upload) -> StoredFile | None:
     """What a completed upload became, unless that was deleted since."""
     with suppress(NotFound):
-        return own.store.get_file(upload.file_id) if upload.file_id else None
+        if upload.file_id:
+            return own.retention.applied_to(own.store.get_file(upload.file_id))
     return None
 
 
@@ -310,7 +314,7 @@ def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody
         if not completed:
             own.data.input_file(file.id).unlink(missing_ok=True)
     remove_tree(own.data.upload_dir(upload.id))
-    return upload_body(upload, file)
+    return upload_body(upload, own.retention.applied_to(file))
 
 
 @uploads_router.post(

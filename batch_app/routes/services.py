@@ -21,8 +21,8 @@ from batch_app.estimates import Estimate, estimate, run_time_s
 from batch_app.files import DataDir, new_id
 from batch_app.housekeeping import Housekeeping
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
-from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
+from batch_app.retention import Retention
 from batch_app.store import Store
 from batch_app.validation import Validation
 
@@ -62,7 +62,6 @@ class Services:
         data.sweep_incoming()
         store = Store(settings.resolved_database_url)
         store.migrate()
-        remove_orphans(data, store)
         benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         benchmarks.all()
         return cls(settings, data, store, registry, benchmarks)
@@ -72,6 +71,10 @@ class Services:
         return UploadServices(
             self.settings, self.data, self.store, self.registry, self.upload_limiter, self.clock
         )
+
+    @cached_property
+    def retention(self) -> Retention:
+        return Retention.of(self.settings)
 
     @cached_property
     def validation(self) -> BackgroundThread:

@@ -12,10 +12,11 @@ from batch_app.store.batches import BatchStore
 from batch_app.store.files import FileStore, require_pending
 from batch_app.store.keys import KeyStore
 from batch_app.store.leases import LeaseStore
+from batch_app.store.remains import RemainsStore
 from batch_app.store.workers import WorkerRow, WorkerStore
 
 __all__ = ["Store", "WorkerRow", "require_pending"]
 
 
-class Store(FileStore, BatchStore, LeaseStore, WorkerStore, KeyStore):
+class Store(FileStore, BatchStore, LeaseStore, WorkerStore, KeyStore, RemainsStore):
     """One per process; safe to use from several threads."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 
-from sqlalchemy import Select, func, insert, or_, select, update
+from sqlalchemy import Select, and_, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from batch_app.core import (
@@ -77,8 +77,20 @@ class FileStore(Transactions):
             connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=now))
         return file
 
-    def expired_files(self, now: datetime, limit: int = 100) -> list[StoredFile]:
-        """Files whose time has come, but for those that an unfinished batch needs."""
+    def expired_files(
+        self,
+        now: datetime,
+        outlived: Mapping[FilePurpose, datetime] | None = None,
+        limit: int = 100,
+    ) -> list[StoredFile]:
+        """Files whose time has come, but for those that an unfinished batch needs.
+
+        `outlived`: of these purposes, also those made before then.
+        """
+        too_old = [
+            and_(files.c.purpose == purpose.value, files.c.created_at < before)
+            for purpose, before in (outlived or {}).items()
+        ]
         in_use = (
             select(batches.c.id)
             .where(batches.c.input_file_id == files.c.id)
@@ -88,7 +100,7 @@ class FileStore(Transactions):
         query = (
             select(files)
             .where(files.c.deleted_at.is_(None))
-            .where(files.c.expires_at < now)
+            .where(or_(files.c.expires_at < now, *too_old))
             .where(~in_use)
             .order_by(files.c.seq)
             .limit(limit)

@@ -131,7 +131,7 @@ class NoBenchmarks:
 class World:
     """One server's folder and app; `reset` makes it new for the next story."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, **settings: Any) -> None:
         (root / "models.toml").write_text(REGISTRY)
         self.settings = Settings(
             data_dir=root / "data",
@@ -141,6 +141,7 @@ class World:
             heartbeat_s=0.004,
             commit_interval_s=0.002,
             lease_s=LEASE_S,
+            **settings,
         )
         app = create_app(self.settings)
         app.router.lifespan_context = _nothing_in_the_background
