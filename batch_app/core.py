@@ -233,6 +233,29 @@ class Choice:
     passed_over: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What an engine may have in hand in one step; by vLLM's names.
+
+    `gpu_memory_utilization` is None where there is no GPU. `least_batched_tokens`: with fewer
+    tokens a step the model's longest request would no longer fit.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float | None = None
+    least_batched_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsTried:
+    """Limits, and where they hold: on this device, with this version of the engine."""
+
+    limits: EngineLimits
+    device: str
+    engine_version: str
+
+
 class UploadStatus(StrEnum):
     PENDING = "pending"
     COMPLETED = "completed"

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batch_app.core import LineError
+from batch_app.core import LimitsTried, LineError
 
 
 class BatchAppError(Exception):
@@ -186,11 +186,17 @@ class EngineError(BatchAppError):
 
 
 class EngineLoadError(EngineError):
-    """The model could not be loaded. `retriable` tells whether trying again can help."""
+    """The model could not be loaded. `retriable` tells whether trying again can help.
 
-    def __init__(self, message: str, *, retriable: bool = False) -> None:
+    `too_large`: what it was started with when it ran out of memory; None if it didn't.
+    """
+
+    def __init__(
+        self, message: str, *, retriable: bool = False, too_large: LimitsTried | None = None
+    ) -> None:
         super().__init__(message)
         self.retriable = retriable
+        self.too_large = too_large
 
 
 class EngineDied(EngineError):

@@ -108,6 +108,10 @@ class DataDir:
         return self.root / "logs" / "audit.jsonl"
 
     @property
+    def lowered_limits_file(self) -> Path:
+        return self.root / "lowered-limits.json"
+
+    @property
     def engine_log_dir(self) -> Path:
         return self.root / "logs"
 

@@ -18,6 +18,7 @@ import numpy as np
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.engine.base import Engine, EngineInfo, Outcome
+from batch_app.engine.limits import in_words, limits_of
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
 from batch_app.keeper import Delivery, Keeper
@@ -108,10 +109,8 @@ class Lives:
             try:
                 self._live(entry, group, beside=beside)
             except EngineOutOfMemory as error:
-                smaller = self._smaller(entry)
+                self._shrink()
                 self._count_death(error)
-                if smaller is not None:
-                    entry = smaller
             except (EngineDied, EngineHung) as error:
                 self._count_death(error)
             except EngineLoadError as error:
@@ -142,12 +141,14 @@ class Lives:
         loaded = self._slot.holds(entry)
         if not loaded:
             self._batch_log.write(f"Loading {entry.name} ({entry.engine}).")
-        engine, info = self._slot.take(entry)
+        engine, info = self._slot.take(entry, self._batch_log.write)
         self.info = info
         if not loaded:
             self._batch_log.write(
                 f"{entry.name} loaded in {info.load_s:.1f} s on {info.device} "
-                f"({info.engine} {info.engine_version})."
+                f"({info.engine} {info.engine_version}). Limits: "
+                f"{in_words(limits_of(info).limits)}"
+                + (f" ({info.limits_source})." if info.limits_source else ".")
             )
         return engine, info
 
@@ -191,19 +192,16 @@ class Lives:
                 self._stop.wait(min(remaining, 1.0))
         self._check(draining=False)
 
-    def _smaller(self, entry: ModelEntry) -> ModelEntry | None:
-        """The entry with half the requests at a time; None if it was made smaller often enough."""
-        info = self.info
-        if info is None or info.max_num_seqs < 2 or self._num_shrinks >= MAX_SHRINKS:
-            return None
-        self._num_shrinks += 1
-        max_num_seqs = info.max_num_seqs // 2
-        self._batch_log.write(
-            f"The engine ran out of memory; from now on max_num_seqs is {max_num_seqs} instead of "
-            f"{info.max_num_seqs}, for this batch."
-        )
-        engine_args = {**entry.engine_args, "max_num_seqs": max_num_seqs}
-        return entry.model_copy(update={"engine_args": engine_args})
+    def _shrink(self) -> None:
+        """Have the next life begin with smaller limits, unless that was done often enough."""
+        if self._num_shrinks >= MAX_SHRINKS:
+            return
+        limits = self._slot.lower()
+        if limits is not None:
+            self._num_shrinks += 1
+            self._batch_log.write(
+                f"The engine ran out of memory. From now on it gets {in_words(limits)}."
+            )
 
     def _without_the_guilty(self, numbers: Numbers) -> Numbers:
         """Those of these requests that are to run, after the guilty have their error lines.

@@ -27,6 +27,7 @@ from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Choice, Waiting, utc_now
+from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     BatchAppError,
@@ -73,7 +74,12 @@ class Worker:
         self._store = Store(settings.resolved_database_url)
         self._store.migrate()
         ModelRegistry.load(settings.models)  # a registry that can't be read is said at the start
-        self._slot = EngineSlot(settings, self._data.engine_log_dir / "engine.log", stop.is_set)
+        self._slot = EngineSlot(
+            settings,
+            self._data.engine_log_dir / "engine.log",
+            stop.is_set,
+            LoweredLimits(self._data.lowered_limits_file),
+        )
         self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         self._runner = Runner(
             store=self._store,

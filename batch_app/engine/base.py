@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from batch_app.core import LimitsTried
+
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine needs to know to load a model. Made from a registry entry.
@@ -28,6 +30,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     trust_remote_code: bool = False
     engine_args: Mapping[str, Any] = {}
+    #: Limits that go before all others, on the device and with the version they were found for.
+    lowered: LimitsTried | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -82,6 +86,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool | None = None
     enable_chunked_prefill: bool | None = None
     endpoints: tuple[str, ...] = ()
+    #: For `EngineLimits`, and for the log: where the two limits come from.
+    least_batched_tokens: int = 512
+    limits_source: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -74,7 +74,7 @@ def serve(channel: Channel) -> int:
         engine = make_engine(first.spec)
         info = engine.load()
     except EngineLoadError as error:
-        channel.send(LoadFailed(error.message, error.retriable))
+        channel.send(LoadFailed(error.message, error.retriable, error.too_large))
         return 1
     channel.send(Loaded(info))
     try:

@@ -120,7 +120,9 @@ class EngineHost(Engine):
                 return message.info
             if isinstance(message, LoadFailed):
                 self.close()
-                raise EngineLoadError(message.message, retriable=message.retriable)
+                raise EngineLoadError(
+                    message.message, retriable=message.retriable, too_large=message.too_large
+                )
             if self._interrupted():
                 self.close()
                 raise EngineInterrupted(f"Loading {self.spec.name} was interrupted.")

@@ -6,8 +6,9 @@ prompt) said back, so that a test can tell whose answer it holds.
 
 `engine_args` it knows, all optional: `max_num_seqs`, `max_model_len` (tokens are words here),
 `prefill_token_s` and `decode_step_s` (seconds a prompt token, and an output token, take),
-`load_s`, and the faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison`
-(it dies of a prompt with this word) and `memory_seqs` (for more at a time it has no memory).
+`load_s`, `oom_above_seqs` (out of memory at the start with more requests side by side), and the
+faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` (it dies of a prompt
+with this word) and `memory_seqs` (for more at a time it has no memory).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 import orjson
 
 from batch_app import __version__
-from batch_app.core import Endpoint
+from batch_app.core import Endpoint, EngineLimits, LimitsTried
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -32,6 +33,7 @@ from batch_app.engine.base import (
     ModelSpec,
     Outcome,
 )
+from batch_app.engine.limits import lowered_for
 from batch_app.errors import EngineLoadError, EngineOutOfMemory
 
 _KNOWN_ARGS = frozenset(
@@ -41,6 +43,7 @@ _KNOWN_ARGS = frozenset(
         "prefill_token_s",
         "decode_step_s",
         "load_s",
+        "oom_above_seqs",
         "fail_load",
         "die_after",
         "hang_after",
@@ -48,6 +51,7 @@ _KNOWN_ARGS = frozenset(
         "memory_seqs",
     }
 )
+_DEVICE = "simulated"
 _ENDPOINTS = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
 
 
@@ -74,19 +78,31 @@ class SimEngine(Engine):
             raise EngineLoadError(f"The simulated engine has no argument {unknown[0]!r}.")
         if args.get("fail_load"):
             raise EngineLoadError(str(args["fail_load"]))
+        lowered = lowered_for(self._spec, _DEVICE, __version__)
+        if lowered is not None:
+            self._max_num_seqs = lowered.max_num_seqs
         load_s = float(args.get("load_s", 0.0))
         time.sleep(load_s)
+        if self._max_num_seqs > args.get("oom_above_seqs", self._max_num_seqs):
+            limits = EngineLimits(self._max_num_seqs, self._max_num_seqs * 16)
+            raise EngineLoadError(
+                f"model {self._spec.name!r} could not be loaded: out of memory",
+                retriable=True,
+                too_large=LimitsTried(limits, _DEVICE, __version__),
+            )
         return EngineInfo(
             engine="sim",
             engine_version=__version__,
             model=self._spec.name,
-            device="simulated",
+            device=_DEVICE,
             device_type="cpu",
             load_s=load_s,
             max_model_len=self._max_model_len,
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_seqs * 16,
             endpoints=_ENDPOINTS,
+            least_batched_tokens=1,
+            limits_source="lowered after it ran out of memory" if lowered else "",
         )
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from batch_app.config import Settings
+from batch_app.core import EngineLimits
 from batch_app.engine.base import EngineInfo, ModelSpec
 from batch_app.engine.host import EngineHost
+from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
+from batch_app.errors import EngineLoadError
 from batch_app.registry import ModelEntry
 
 
@@ -26,10 +32,17 @@ def model_spec(entry: ModelEntry) -> ModelSpec:
 class EngineSlot:
     """Holds at most one engine. One thread."""
 
-    def __init__(self, settings: Settings, log_path: Path, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        log_path: Path,
+        interrupted: Callable[[], bool],
+        lowered: LoweredLimits,
+    ) -> None:
         self._settings = settings
         self._log_path = log_path
         self._interrupted = interrupted
+        self._lowered = lowered
         self._entry: ModelEntry | None = None
         self._host: EngineHost | None = None
 
@@ -41,8 +54,13 @@ class EngineSlot:
     def holds(self, entry: ModelEntry) -> bool:
         return self._entry == entry and self._host is not None
 
-    def take(self, entry: ModelEntry) -> tuple[EngineHost, EngineInfo]:
+    def take(
+        self, entry: ModelEntry, say: Callable[[str], None] = lambda _: None
+    ) -> tuple[EngineHost, EngineInfo]:
         """The engine for this model: the one that is loaded, or a fresh one in its place.
+
+        One that runs out of memory while it loads is tried again with smaller limits, as long as
+        there are any; `say` is told.
 
         Raises EngineLoadError, EngineInterrupted; nothing is loaded then.
         """
@@ -50,16 +68,50 @@ class EngineSlot:
         if self.holds(entry) and host is not None and host.info is not None:
             return host, host.info
         self.unload()
-        host = EngineHost(
-            model_spec(entry),
+        host, info = self._load(model_spec(entry), say)
+        self._host, self._entry = host, entry
+        return host, info
+
+    def lower(self) -> EngineLimits | None:
+        """Have the engine that is loaded, or just died, start with smaller limits from now on.
+
+        Returns them; None where there are none, or no engine.
+        """
+        host = self._host
+        if host is None or host.info is None:
+            return None
+        tried = limits_of(host.info)
+        limits = smaller(tried.limits)
+        if limits is not None:
+            spec = msgspec.structs.replace(host.spec, lowered=None)
+            self._lowered.set(spec, replace(tried, limits=limits))
+        return limits
+
+    def _load(self, spec: ModelSpec, say: Callable[[str], None]) -> tuple[EngineHost, EngineInfo]:
+        lowered = self._lowered.get(spec)
+        starts_left = MAX_SMALLER_STARTS
+        while True:
+            host = self._make_host(msgspec.structs.replace(spec, lowered=lowered))
+            try:
+                return host, host.load()
+            except EngineLoadError as error:
+                tried = error.too_large
+                limits = smaller(tried.limits) if tried else None
+                if tried is None or limits is None or not starts_left:
+                    raise
+                starts_left -= 1
+                lowered = replace(tried, limits=limits)
+                self._lowered.set(spec, lowered)
+                say(f"{error.message.rstrip('.')}. Trying again with {in_words(limits)}.")
+
+    def _make_host(self, spec: ModelSpec) -> EngineHost:
+        return EngineHost(
+            spec,
             log_path=self._log_path,
             start_timeout_s=self._settings.engine_start_timeout_s,
             hang_s=self._settings.engine_hang_s,
             interrupted=self._interrupted,
         )
-        info = host.load()
-        self._host, self._entry = host, entry
-        return host, info
 
     def unload(self) -> None:
         """End the engine process, which frees all its memory. Nothing happens if there is none."""

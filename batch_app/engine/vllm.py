@@ -17,12 +17,13 @@ import os
 import platform
 import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from batch_app.core import EngineLimits, LimitsTried
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -31,6 +32,7 @@ from batch_app.engine.base import (
     ModelSpec,
     Outcome,
 )
+from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
 from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class VllmEngine(Engine):
         self._rendering: set[int] = set()
         self._done: list[Outcome] = []
         self._wakeup = asyncio.Event()
+        self._started_with: LimitsTried | None = None
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -105,7 +108,7 @@ class VllmEngine(Engine):
             raise
         except (Exception, SystemExit) as error:
             self.close()
-            raise _load_error(self.spec, error) from error
+            raise _load_error(self.spec, error, self._started_with) from error
 
     def _load(self, started: float) -> EngineInfo:
         from vllm import __version__ as vllm_version
@@ -123,25 +126,36 @@ class VllmEngine(Engine):
         if self.spec.trust_remote_code:
             arguments["trust_remote_code"] = True
         arguments["disable_log_stats"] = False  # `stats` reads them
-        if current_platform.is_cpu() and _emulates_bfloat16():
+        on_cpu = bool(current_platform.is_cpu())
+        device = _device_name(current_platform)
+        if on_cpu and _emulates_bfloat16():
             arguments.setdefault("dtype", "float32")
+        lowered = lowered_for(self.spec, device, str(vllm_version))
+        if lowered is not None:
+            arguments |= _arguments_for(lowered)
         try:
             args = serve_args(_model_path(self.spec.source), self.spec.name, arguments)
         except (ArgumentError, TypeError) as error:
             raise EngineLoadError(f"model {self.spec.name!r}: {error}") from error
 
-        class CpuEngineArgs(EngineArgs):  # type: ignore[misc]
+        seqs, tokens, row = table_limits(
+            None if on_cpu else int(current_platform.get_device_total_memory()), device
+        )
+
+        class TableArgs(EngineArgs):  # type: ignore[misc]
             @classmethod
             def get_batch_defaults(cls, world_size: int) -> Any:
-                # Measured best of 128/2048 … 1024/16384 with a small model. As defaults, so that
-                # vLLM fits them to the model's length.
-                every = UsageContext.LLM_CLASS
-                return {every: 8192}, {every: 512}
+                # As defaults, so that vLLM fits them to the model's length.
+                return {UsageContext.LLM_CLASS: tokens}, {UsageContext.LLM_CLASS: seqs}
 
-        kind = CpuEngineArgs if current_platform.is_cpu() else EngineArgs
+            def create_engine_config(inner, *args: Any, **options: Any) -> Any:  # noqa: N805
+                config = super().create_engine_config(*args, **options)
+                self._started_with = LimitsTried(_limits(config, on_cpu), device, str(vllm_version))
+                return config
+
         # LLM_CLASS: the defaults of offline inference, larger than a server's.
         engine = LLMEngine.from_engine_args(
-            kind.from_cli_args(args), usage_context=UsageContext.LLM_CLASS
+            TableArgs.from_cli_args(args), usage_context=UsageContext.LLM_CLASS
         )
         self._loop = asyncio.new_event_loop()
         self._client = InProcessClient(engine, self._loop)
@@ -151,23 +165,24 @@ class VllmEngine(Engine):
 
         config = engine.vllm_config
         blocks = config.cache_config.num_gpu_blocks
+        limits = _limits(config, on_cpu)
         return EngineInfo(
             engine="vllm",
             engine_version=str(vllm_version),
             model=self.spec.name,
-            device=_device_name(current_platform),
-            device_type="cpu" if current_platform.is_cpu() else "gpu",
+            device=device,
+            device_type="cpu" if on_cpu else "gpu",
             load_s=time.monotonic() - started,
             max_model_len=config.model_config.max_model_len,
-            max_num_seqs=config.scheduler_config.max_num_seqs,
-            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             kv_cache_tokens=blocks * config.cache_config.block_size if blocks else None,
-            gpu_memory_utilization=None
-            if current_platform.is_cpu()
-            else config.cache_config.gpu_memory_utilization,
+            gpu_memory_utilization=limits.gpu_memory_utilization,
             enable_prefix_caching=config.cache_config.enable_prefix_caching,
             enable_chunked_prefill=config.scheduler_config.enable_chunked_prefill,
             endpoints=self._app.endpoints,
+            least_batched_tokens=limits.least_batched_tokens,
+            limits_source=_limits_source(self.spec.engine_args, row, lowered is not None),
         )
 
     # -- running ----------------------------------------------------------------------------------
@@ -348,7 +363,42 @@ def _check_source(source: str) -> None:
         raise EngineLoadError(f"there is no model at {source!r}")
 
 
-def _load_error(spec: ModelSpec, error: BaseException) -> EngineLoadError:
+def _limits(config: Any, on_cpu: bool) -> EngineLimits:
+    """What this configuration of vLLM's will run with."""
+    scheduler = config.scheduler_config
+    whole_prompts = not scheduler.enable_chunked_prefill
+    return EngineLimits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        gpu_memory_utilization=None if on_cpu else config.cache_config.gpu_memory_utilization,
+        least_batched_tokens=(
+            config.model_config.max_model_len if whole_prompts else LEAST_BATCHED_TOKENS
+        ),
+    )
+
+
+def _arguments_for(limits: EngineLimits) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+    }
+    if limits.gpu_memory_utilization is not None:
+        arguments["gpu_memory_utilization"] = limits.gpu_memory_utilization
+    return arguments
+
+
+def _limits_source(registry: Mapping[str, Any], row: str, lowered: bool) -> str:
+    if lowered:
+        return "lowered after it ran out of memory"
+    named = [name for name in ("max_num_seqs", "max_num_batched_tokens") if name in registry]
+    if len(named) == 2:
+        return "from the registry"
+    return f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
+
+
+def _load_error(
+    spec: ModelSpec, error: BaseException, started_with: LimitsTried | None
+) -> EngineLoadError:
     """Put into words why vLLM could not load this model."""
     chain: list[BaseException] = []
     link: BaseException | None = error
@@ -365,7 +415,9 @@ def _load_error(spec: ModelSpec, error: BaseException) -> EngineLoadError:
         or "out of memory" in said
         or "free memory on device" in said
     ):
-        return EngineLoadError(f"{prefix}: out of memory ({first})", retriable=True)
+        return EngineLoadError(
+            f"{prefix}: out of memory ({first})", retriable=True, too_large=started_with
+        )
     if not Path(spec.source).expanduser().is_dir() and (
         names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"}
         or "couldn't connect" in said

@@ -126,6 +126,9 @@ def test_out_of_memory_makes_the_engine_smaller(site: Site) -> None:
     assert batch.status is BatchStatus.COMPLETED
     assert_all_but_the_poisons_answered(site.results(batch_id), 100, set())
     log = site.log(batch_id)
-    assert "max_num_seqs is 8 instead of 16" in log
-    assert "max_num_seqs is 4 instead of 8" in log
+    assert "From now on it gets 8 requests" in log
+    assert "From now on it gets 4 requests" in log
+    again = site.submit(lines(100, set()), "small-memory")
+    assert site.wait_until_done(again).status is BatchStatus.COMPLETED
+    assert "out of memory." not in site.log(again)
     assert "is quarantined" not in log

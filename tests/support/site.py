@@ -31,6 +31,7 @@ SIM_MODELS: dict[str, dict[str, Any]] = {
     "tiny-context": {"max_model_len": 5},
     "unloadable": {"fail_load": "No such weights."},
     "mortal": {"die_after": 300, "max_num_seqs": 16},
+    "cramped": {"oom_above_seqs": 40},
     "hanging": {"hang_after": 30, "max_num_seqs": 8},
     "delicate": {"poison": "arsenic", "max_num_seqs": 16, "decode_step_s": 0.001},
     "small-memory": {"memory_seqs": 5, "max_num_seqs": 16, "decode_step_s": 0.001},
