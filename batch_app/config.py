@@ -7,10 +7,11 @@ field's description states unit, default and special values; `docs/settings.md` 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -27,6 +28,9 @@ DEFAULT_CONFIG_FILE = "vllm-batch.toml"
 KIB = 1024
 MIB = 1024 * KIB
 GIB = 1024 * MIB
+
+#: A host's name: labels of which the last isn't a number, so that no IP address is one.
+HOST = re.compile(r"(?:[a-z0-9-]{1,63}\.)+[a-z][a-z0-9-]{0,62}")
 
 
 def _expand(path: Path) -> Path:
@@ -148,6 +152,43 @@ class Settings(BaseSettings):
         description="Seconds after the end of a batch that its log is removed. 0: kept for ever.",
     )
 
+    # What one request may ask for
+    max_n: int = Field(128, gt=0, description="Largest `n` of a request: answers to one prompt.")
+    max_logprobs: int = Field(
+        20, ge=0, description="Largest `top_logprobs`, `prompt_logprobs` or `logprobs` count."
+    )
+    max_output_tokens: int = Field(
+        1 << 20, gt=0, description="Largest `max_tokens` of a request, in tokens."
+    )
+    max_inputs: int = Field(
+        2048,
+        gt=0,
+        description="Most prompts, inputs or documents in one request; for completions, `n` times "
+        "the prompts.",
+    )
+    max_stop: int = Field(16, ge=0, description="Most `stop` strings of a request.")
+    max_stop_chars: int = Field(256, gt=0, description="Longest `stop` string, in characters.")
+    max_tools: int = Field(128, ge=0, description="Most `tools` of a request.")
+    max_schema_bytes: int = Field(
+        64 * KIB,
+        gt=0,
+        description="Largest JSON Schema (of a tool or a response format) or grammar, in bytes.",
+    )
+    max_schema_depth: int = Field(
+        32, gt=0, le=200, description="Deepest JSON Schema, in levels of nesting."
+    )
+    max_regex_chars: int = Field(
+        4096, gt=0, description="Longest regular expression, in characters."
+    )
+    max_media_bytes: int = Field(
+        8 * MIB, gt=0, description="Largest image in a `data:` URL, in bytes of the URL."
+    )
+    media_domains: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Host names, separated by commas, that images may be loaded from. Empty: "
+        "images come in `data:` URLs only. IP addresses can't be named.",
+    )
+
     # Worker
     poll_interval_s: float = Field(
         10.0,
@@ -214,6 +255,14 @@ class Settings(BaseSettings):
         description="Seconds before the second restart in a row; each further one waits twice as "
         "long, up to a minute.",
     )
+
+    @field_validator("media_domains")
+    @classmethod
+    def _hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if not HOST.fullmatch(host) or host.endswith("localhost"):
+                raise ValueError(f"{host!r} is not the lower-case name of a public host")
+        return hosts
 
     @property
     def resolved_database_url(self) -> str:

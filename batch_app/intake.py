@@ -13,7 +13,7 @@ import codecs
 import os
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,10 @@ import orjson
 from batch_app.core import LineError
 from batch_app.errors import BadLines
 from batch_app.index import Index, IndexWriter
-from batch_app.lines import LineProblem, parse_line
+from batch_app.lines import LineParser, LineProblem
+from batch_app.policy import check_template_arguments
 from batch_app.registry import ModelRegistry
+from batch_app.shapes import Limits
 
 READ_BYTES = 1 << 20
 
@@ -43,6 +45,7 @@ class IntakeRules:
     max_line_bytes: int = 8 << 20
     max_requests: int = 0
     max_errors: int = 100
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Intake:
         self._folder = folder
         self._rules = rules
         self._index = IndexWriter(folder)
+        self._parser = LineParser(rules.endpoint, rules.limits)
         self._partial = bytearray()
         self._skipping = False  # inside a line that is too long, until its end
         self._offset = 0  # of the partial line's first byte, in the file
@@ -171,7 +175,7 @@ class Intake:
 
     def _take(self, raw: bytes, offset: int, line: int) -> None:
         rules = self._rules
-        request = parse_line(raw, rules.endpoint)
+        request = self._parser.parse(raw)
         model = rules.model
         if model is None:
             if request.model is None:
@@ -186,6 +190,9 @@ class Intake:
                     "body.model",
                 )
             model = rules.registry.get(request.model).name
+        if request.template_arguments:
+            entry = rules.registry.get(model)
+            check_template_arguments(request.template_arguments, entry.chat_template_kwargs)
         self._id_hashes.append(hash(request.custom_id))
         self._index.add(
             offset=offset,

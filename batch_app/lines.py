@@ -1,130 +1,405 @@
 """One line of an input file: what it must look like, and what is wrong when it doesn't.
 
-The check is of form: JSON, the line's own fields, the fields of the body that every endpoint
-needs, and the types of the usual sampling parameters. What only the model can judge (a prompt too
-long for its context, a tool the template doesn't know) the engine answers for that request alone.
+The check is of form and policy: JSON, the line's own fields, and the fields of its body
+(`batch_app.policy`). What only the model can judge (a prompt too long for its context, a tool the
+template doesn't know) the engine answers for that request alone.
+
+There are two ways through. The **plain way** parses the line and walks it; it alone says what is
+wrong. The **short way** takes only good lines, for speed. It rests on this: in one file, the lines
+differ in their ids and prompts, and hardly in anything else. So the line is cut into three, by
+searching for bytes: the prompt (`messages`), the rest of the body around it, and the line around
+the body. The prompt and the line are decoded by typed decoders; the rest is judged as the plain way
+would, and the verdict is kept for other lines with the same bytes there. In the place of what was
+cut out stands a secret number, and it must come back as the value of the field: a cut in the wrong
+place can't pass. What the short way doesn't take, for whatever reason, goes the plain way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
+import msgspec
 import orjson
+from msgspec import Meta, Struct
 
 from batch_app.core import Endpoint
+from batch_app.policy import check_body
+from batch_app.shapes import Limits, LineProblem, kind
+
+__all__ = ["LineParser", "LineProblem", "RequestLine", "parse_line"]
 
 MAX_CUSTOM_ID_CHARS = 512
+#: Verdicts kept, and the longest rest of a body that is worth keeping.
+MAX_VERDICTS = 1024
+MAX_VERDICT_BYTES = 64 << 10
 
 _ENDPOINTS = frozenset(endpoint.value for endpoint in Endpoint)
-_NUMBERS = frozenset(
-    {
-        "temperature",
-        "top_p",
-        "min_p",
-        "presence_penalty",
-        "frequency_penalty",
-        "repetition_penalty",
-        "length_penalty",
-    }
+_GENERATES = frozenset(
+    {Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value, Endpoint.RESPONSES.value}
 )
-_INTEGERS = frozenset(
-    {
-        "max_tokens",
-        "max_completion_tokens",
-        "max_output_tokens",
-        "min_tokens",
-        "n",
-        "seed",
-        "top_k",
-        "top_logprobs",
-        "truncate_prompt_tokens",
-        "prompt_logprobs",
-    }
-)
-_BOOLEANS = frozenset(
-    {"stream", "ignore_eos", "skip_special_tokens", "add_generation_prompt", "echo"}
-)
-_REQUIRED: Mapping[str, tuple[str, ...]] = {
-    Endpoint.CHAT_COMPLETIONS: ("messages",),
-    Endpoint.COMPLETIONS: ("prompt",),
-    Endpoint.EMBEDDINGS: ("input",),
-    Endpoint.RESPONSES: ("input",),
-    Endpoint.SCORE: (),  # vLLM takes several spellings of the pair
-    Endpoint.RERANK: ("query", "documents"),
+_SCORED = ("query", "queries", "data_1", "text_1", "documents", "items", "data_2", "text_2")
+#: By endpoint: the fields that the prompt is made of, in its order.
+_STREAM: Mapping[str, tuple[str, ...]] = {
+    Endpoint.CHAT_COMPLETIONS.value: ("messages",),
+    Endpoint.COMPLETIONS.value: ("prompt",),
+    Endpoint.RESPONSES.value: ("input",),
+    Endpoint.EMBEDDINGS.value: ("input",),
+    Endpoint.SCORE.value: _SCORED,
+    Endpoint.RERANK.value: _SCORED,
 }
-_KINDS = {
-    dict: "an object",
-    list: "an array",
-    str: "a string",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
+#: Fields that stand in the rendered prompt before those, or decide how it begins.
+_HEAD = (
+    "instructions",
+    "instruction",
+    "tools",
+    "tool_choice",
+    "documents",
+    "chat_template_kwargs",
+    "reasoning",
+    "reasoning_effort",
+    "add_special_tokens",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "cache_salt",
+)
 
 
-class LineProblem(Exception):
-    """Why a line can't run; becomes a `core.LineError` where the line's number is known."""
+class RequestLine(Struct, frozen=True, gc=False):
+    """A line that passed. `model` is None where the body names none.
 
-    def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.param = param
-
-
-@dataclass(frozen=True, slots=True)
-class RequestLine:
-    """A line that passed. `model` is None where the body names none."""
+    `body`: the JSON of the body, byte for byte as it was sent. `prompt`: (head, stream), of which
+    `stream` is the JSON of what the prompt is made of, and `head` that of what comes before it in
+    the prompt; equal heads and streams with equal beginnings make prompts with equal beginnings.
+    `deterministic`: whether the same body always has the same answer. `max_tokens` 0: none given.
+    `template_arguments`: the names in `chat_template_kwargs`, which only the registry can judge.
+    """
 
     custom_id: str
     endpoint: str
     model: str | None
     max_tokens: int
-    body: dict[str, Any]
+    body: bytes
+    prompt: tuple[bytes, bytes]
+    deterministic: bool
+    template_arguments: tuple[str, ...] = ()
+
+
+class LineParser:
+    """Checks the lines of one file. Not for several threads at a time.
+
+    `only_endpoint`: what the `url` of each must be; None: any that there is.
+    """
+
+    def __init__(self, only_endpoint: str | None = None, limits: Limits | None = None) -> None:
+        self._only_endpoint = only_endpoint
+        self._limits = limits or Limits()
+        self._verdicts: dict[tuple[str, bytes], _Verdict] = {}
+        self._last = _Cut("", b"", b"", _decode_text, 0, _Verdict(None, 0, b"", False, ()))
+
+    def parse(self, raw: bytes) -> RequestLine:
+        """Check one line (without its line feed) and take it apart.
+
+        Raises:
+            LineProblem: with a code of the OpenAI dialect's list, and what to do.
+        """
+        return self.parse_short(raw) or self.parse_plain(raw)
+
+    # -- the short way -------------------------------------------------------------------------
+
+    def parse_short(self, raw: bytes) -> RequestLine | None:
+        """The line taken apart; None: go the plain way, be the line good or bad."""
+        start = raw.find(b"{", raw.find(b'"body"') + 6)
+        end = len(raw) - 1 if raw.endswith(b"}}") else _end_of_body(raw)
+        if start <= 0 or end <= start:
+            return None
+        try:
+            around = _decode_around(raw[:start] + _HOLE + raw[end:])
+            endpoint = around.url
+            if around.body != _HOLE_VALUE or endpoint not in _CUTS:
+                return None
+            if endpoint != self._only_endpoint and self._only_endpoint is not None:
+                return None
+            body = raw[start:end]
+            prompt = None
+            cut = self._last
+            # Most lines are around their prompts exactly as the one before.
+            if (
+                cut.endpoint == endpoint
+                and body.startswith(cut.before)
+                and body.endswith(cut.after)
+            ):
+                stream = body[len(cut.before) : -len(cut.after)]
+                try:
+                    prompt = cut.decode(stream)
+                except (ValueError, msgspec.MsgspecError):
+                    prompt = None
+            if prompt is None:
+                stream, prompt, cut = self._cut(endpoint, body)
+                self._last = cut
+        except (ValueError, msgspec.MsgspecError, RecursionError):
+            return None
+        if prompt.__class__ is list and not 0 < len(prompt) <= cut.max_entries:
+            return None
+        verdict = cut.verdict
+        return RequestLine(
+            around.custom_id,
+            endpoint,
+            verdict.model,
+            verdict.max_tokens,
+            body,
+            (verdict.head, stream),
+            verdict.deterministic,
+            verdict.template_arguments,
+        )
+
+    def _cut(self, endpoint: str, body: bytes) -> tuple[bytes, Any, _Cut]:
+        """The prompt of this body, as bytes and decoded, and what is around it.
+
+        Raises ValueError or msgspec.MsgspecError: the plain way shall look.
+        """
+        quoted, list_end, decode = _CUTS[endpoint]
+        at = body.find(quoted) + len(quoted)
+        at += 2 if body.startswith(b": ", at) else 1
+        most = sys.maxsize if endpoint == Endpoint.CHAT_COMPLETIONS else self._limits.max_inputs
+        before = body[:at]
+        for stop in _ends_of_prompt(body, at, list_end):
+            after = body[stop:]
+            try:
+                prompt = decode(body[at:stop])
+            except (ValueError, msgspec.MsgspecError):
+                continue
+            rest = before + _HOLE + after
+            verdict = self._verdicts.get((endpoint, rest)) or self._judge(endpoint, rest)
+            return body[at:stop], prompt, _Cut(endpoint, before, after, decode, most, verdict)
+        raise ValueError("not where it is sought")
+
+    def _judge(self, endpoint: str, rest: bytes) -> _Verdict:
+        """The verdict on a body without its prompt. Raises ValueError: the plain way shall look."""
+        (field,) = _STREAM[endpoint]
+        body = orjson.loads(rest)
+        if type(body) is not dict or body.get(field) != _HOLE_VALUE:
+            raise ValueError("not a body with a hole")
+        try:
+            check_body(endpoint, body, self._limits, without=field)
+        except LineProblem as refusal:
+            raise ValueError("refused") from refusal
+        verdict = _verdict(endpoint, body, _decode_raws(rest))
+        if len(rest) <= MAX_VERDICT_BYTES:
+            if len(self._verdicts) >= MAX_VERDICTS:
+                self._verdicts.clear()
+            self._verdicts[endpoint, rest] = verdict
+        return verdict
+
+    # -- the plain way -------------------------------------------------------------------------
+
+    def parse_plain(self, raw: bytes) -> RequestLine:
+        """The same, for any line. Raises LineProblem."""
+        line = _parse_json(raw)
+        custom_id = _custom_id(line)
+        if line.get("method", "POST") != "POST":
+            raise LineProblem(
+                "invalid_method", '"method" must be "POST", or be left out.', "method"
+            )
+        endpoint = self._endpoint(line)
+        body = line.get("body")
+        if not isinstance(body, dict):
+            if body is None:
+                raise LineProblem("missing_required_parameter", 'The line has no "body".', "body")
+            raise LineProblem(
+                "invalid_request", f'"body" must be an object, not {kind(body)}.', "body"
+            )
+        check_body(endpoint, body, self._limits)
+        try:
+            raw_body = bytes(_decode_raws(raw)["body"])
+            raws = _decode_raws(raw_body)
+        except (msgspec.MsgspecError, RecursionError):
+            raise LineProblem("invalid_json_line", "The JSON is nested too deeply.") from None
+        verdict = _verdict(endpoint, body, raws)
+        stream = b",".join(
+            bytes(raws[field]) for field in _STREAM[endpoint] if body.get(field) is not None
+        )
+        return RequestLine(
+            custom_id,
+            endpoint,
+            verdict.model,
+            verdict.max_tokens,
+            raw_body,
+            (verdict.head, stream),
+            verdict.deterministic,
+            verdict.template_arguments,
+        )
+
+    def _endpoint(self, line: Mapping[str, Any]) -> str:
+        endpoint = line.get("url", Endpoint.CHAT_COMPLETIONS.value)
+        only = self._only_endpoint
+        if only is not None and isinstance(endpoint, str) and endpoint != only:
+            raise LineProblem(
+                "url_mismatch", f'"url" is "{endpoint[:64]}", but the batch is for "{only}".', "url"
+            )
+        if not isinstance(endpoint, str) or endpoint not in _ENDPOINTS:
+            raise LineProblem(
+                "invalid_request", f'"url" must be one of: {", ".join(sorted(_ENDPOINTS))}.', "url"
+            )
+        return endpoint
 
 
 def parse_line(raw: bytes, only_endpoint: str | None = None) -> RequestLine:
-    """Check one line (without its line feed) and take it apart.
+    """`LineParser.parse` of a single line, within the default limits."""
+    return _default_parser(only_endpoint).parse(raw)
 
-    `only_endpoint`: what its `url` must be; None: any that there is.
 
-    Raises:
-        LineProblem: with a code of the OpenAI dialect's list, and a message that says what to do.
-    """
-    line = _parse_json(raw)
-    custom_id = _custom_id(line)
-    method = line.get("method", "POST")
-    if method != "POST":
-        raise LineProblem("invalid_method", '"method" must be "POST", or be left out.', "method")
-    endpoint = line.get("url", Endpoint.CHAT_COMPLETIONS.value)
-    if only_endpoint is not None and isinstance(endpoint, str) and endpoint != only_endpoint:
-        raise LineProblem(
-            "url_mismatch",
-            f'"url" is "{endpoint[:64]}", but the batch is for "{only_endpoint}".',
-            "url",
-        )
-    if not isinstance(endpoint, str) or endpoint not in _ENDPOINTS:
-        raise LineProblem(
-            "invalid_request", f'"url" must be one of: {", ".join(sorted(_ENDPOINTS))}.', "url"
-        )
-    body = line.get("body")
-    if not isinstance(body, dict):
-        if body is None:
-            raise LineProblem("missing_required_parameter", 'The line has no "body".', "body")
-        raise LineProblem(
-            "invalid_request", f'"body" must be an object, not {_kind(body)}.', "body"
-        )
-    _check_body(endpoint, body)
-    return RequestLine(
-        custom_id=custom_id,
-        endpoint=endpoint,
+@lru_cache(maxsize=8)
+def _default_parser(only_endpoint: str | None) -> LineParser:
+    return LineParser(only_endpoint)
+
+
+# -- what the short way decodes ----------------------------------------------------------------
+
+
+class _Around(Struct, forbid_unknown_fields=True, gc=False):
+    """A line, with the hole as its body."""
+
+    custom_id: Annotated[str, Meta(min_length=1, max_length=MAX_CUSTOM_ID_CHARS)]
+    body: int
+    method: Literal["POST"] = "POST"
+    url: str = Endpoint.CHAT_COMPLETIONS.value
+
+
+class _Text(Struct, forbid_unknown_fields=True, gc=False):
+    type: Literal["text"]
+    text: str
+
+
+class _Function(Struct, forbid_unknown_fields=True, gc=False):
+    name: str
+    arguments: str | None = None
+
+
+class _ToolCall(Struct, forbid_unknown_fields=True, gc=False):
+    function: _Function
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class _Message(Struct, forbid_unknown_fields=True, gc=False):
+    """The usual messages: text, tools that were called and what they said."""
+
+    role: Annotated[str, Meta(max_length=64)]
+    content: str | list[_Text] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[_ToolCall], Meta(max_length=8)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+
+class _Item(Struct, forbid_unknown_fields=True, gc=False):
+    """The usual item of a response's input."""
+
+    role: Annotated[str, Meta(max_length=64)]
+    content: str
+
+
+class _Verdict(Struct, frozen=True, gc=False):
+    """What is known of a body without its prompt; the fields are RequestLine's."""
+
+    model: str | None
+    max_tokens: int
+    head: bytes
+    deterministic: bool
+    template_arguments: tuple[str, ...]
+
+
+class _Cut(Struct, frozen=True, gc=False):
+    """The bytes of a body around its prompt, what decodes the prompt, and the verdict on them."""
+
+    endpoint: str
+    before: bytes
+    after: bytes
+    decode: Callable[[bytes], Any]
+    max_entries: int
+    verdict: _Verdict
+
+
+#: What stands where something was cut out. Nobody can write it into a line, not knowing it.
+_HOLE_VALUE = 10**18 + secrets.randbelow(8 * 10**18)
+_HOLE = b"%d" % _HOLE_VALUE
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_decode_around = msgspec.json.Decoder(_Around).decode
+_decode_raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_text = msgspec.json.Decoder(str).decode
+
+#: By endpoint: the prompt's field, the end of a list of prompts or messages where another field
+#: follows, and the prompt's decoder.
+_CUTS: Mapping[str, tuple[bytes, bytes, Callable[[bytes], Any]]] = {
+    Endpoint.CHAT_COMPLETIONS.value: (
+        b'"messages"',
+        b"}],",
+        msgspec.json.Decoder(list[_Message]).decode,
+    ),
+    # Several prompts in one request are counted against "n": the plain way does.
+    Endpoint.COMPLETIONS.value: (b'"prompt"', b'"],', _decode_text),
+    Endpoint.EMBEDDINGS.value: (
+        b'"input"',
+        b'"],',
+        msgspec.json.Decoder(str | list[str]).decode,
+    ),
+    Endpoint.RESPONSES.value: (
+        b'"input"',
+        b"}],",
+        msgspec.json.Decoder(str | list[_Item]).decode,
+    ),
+}
+
+
+def _end_of_body(raw: bytes) -> int:
+    """Where the body probably ends in a line that doesn't end in two brackets; -1: unknown."""
+    line = raw.rstrip(b" \t\r\n")
+    if line.endswith(b"}}"):
+        return len(line) - 1
+    # Sorted by name, the body comes first.
+    return max(line.rfind(b'},"custom_id"'), line.rfind(b'}, "custom_id"')) + 1 or -1
+
+
+def _ends_of_prompt(body: bytes, at: int, list_end: bytes) -> Iterator[int]:
+    """Where the list or string that begins at `at` may end, the likeliest first."""
+    if body.startswith(b"[", at):
+        yield body.rfind(b"]") + 1
+        for end in (body.find(list_end, at), body.rfind(list_end, at)):
+            if end > 0:
+                yield end + 2
+    elif match := _STRING.match(body, at):
+        yield match.end()
+
+
+def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.Raw]) -> _Verdict:
+    stream = _STREAM[endpoint]
+    return _Verdict(
         model=body.get("model"),
-        max_tokens=body.get("max_completion_tokens") or body.get("max_tokens") or 0,
-        body=body,
+        max_tokens=body.get("max_completion_tokens")
+        or body.get("max_tokens")
+        or body.get("max_output_tokens")
+        or 0,
+        head=b",".join(
+            b'"%b":%b' % (field.encode(), bytes(raws[field]))
+            for field in _HEAD
+            if field not in stream and body.get(field) is not None
+        ),
+        deterministic=endpoint not in _GENERATES
+        or (
+            (body.get("temperature") == 0 or body.get("seed") is not None)
+            and body.get("n") in (None, 1)
+        ),
+        template_arguments=tuple(body.get("chat_template_kwargs") or ()),
     )
+
+
+# -- what the plain way says -------------------------------------------------------------------
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
@@ -136,7 +411,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise LineProblem("invalid_json_line", "The JSON is nested too deeply.") from None
     if not isinstance(line, dict):
         raise LineProblem(
-            "invalid_json_line", f"A line must be a JSON object, not {_kind(line)}.", None
+            "invalid_json_line", f"A line must be a JSON object, not {kind(line)}.", None
         )
     return line
 
@@ -162,7 +437,7 @@ def _custom_id(line: Mapping[str, Any]) -> str:
         )
     if not isinstance(custom_id, str):
         raise LineProblem(
-            "invalid_request", f'"custom_id" must be a string, not {_kind(custom_id)}.', "custom_id"
+            "invalid_request", f'"custom_id" must be a string, not {kind(custom_id)}.', "custom_id"
         )
     if not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise LineProblem(
@@ -171,66 +446,3 @@ def _custom_id(line: Mapping[str, Any]) -> str:
             "custom_id",
         )
     return custom_id
-
-
-def _check_body(endpoint: str, body: Mapping[str, Any]) -> None:
-    if body.get("stream"):
-        raise LineProblem(
-            "invalid_request",
-            '"stream" can\'t be true in a batch: results are written to a file. Leave it out.',
-            "body.stream",
-        )
-    for field in _REQUIRED[endpoint]:
-        if body.get(field) is None:
-            raise LineProblem(
-                "missing_required_parameter", f'The body has no "{field}".', f"body.{field}"
-            )
-    for field, value in body.items():
-        if value is None:
-            continue
-        if field in _NUMBERS:
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise _wrong_type(field, "a number", value)
-        elif field in _INTEGERS:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise _wrong_type(field, "an integer", value)
-            if not -(2**63) <= value < 2**63:
-                raise _wrong_type(field, "an integer of at most 64 bits", value)
-        elif field in _BOOLEANS:
-            if not isinstance(value, bool):
-                raise _wrong_type(field, "true or false", value)
-        elif field == "model":
-            if not isinstance(value, str):
-                raise _wrong_type(field, "a string", value)
-        elif field == "messages" and endpoint == Endpoint.CHAT_COMPLETIONS:
-            _check_messages(value)
-
-
-def _check_messages(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise LineProblem(
-            "invalid_request", '"messages" must be a list of at least one message.', "body.messages"
-        )
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise LineProblem(
-                "invalid_request",
-                f"Message {position} must be an object, not {_kind(message)}.",
-                f"body.messages[{position}]",
-            )
-        if not isinstance(message.get("role"), str):
-            raise LineProblem(
-                "invalid_request",
-                f'Message {position} needs a "role": "user", "system" or "assistant", for example.',
-                f"body.messages[{position}].role",
-            )
-
-
-def _wrong_type(field: str, wanted: str, value: Any) -> LineProblem:
-    return LineProblem(
-        "invalid_request", f'"{field}" must be {wanted}, not {_kind(value)}.', f"body.{field}"
-    )
-
-
-def _kind(value: Any) -> str:
-    return _KINDS.get(type(value), type(value).__name__)

@@ -7,6 +7,7 @@ source = "google/gemma-3-4b-it"  # a hub id, or a folder relative to this file
 revision = "main"
 aliases = ["gemma"]
 engine = "vllm"                  # or "sim", the simulated engine
+chat_template_kwargs = ["enable_thinking"]  # the names that requests may give
 [model.engine_args]              # the engine's own argument names
 max_model_len = 4096
 ```
@@ -37,6 +38,7 @@ class ModelEntry(BaseModel):
     engine: str = "vllm"
     trust_remote_code: bool = False
     engine_args: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: tuple[str, ...] = ()
 
     @property
     def max_model_len(self) -> int | None:

@@ -22,6 +22,7 @@ from batch_app.files import (
 from batch_app.incoming import Incoming, UploadServices
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry
+from batch_app.shapes import Limits
 
 
 class BatchUpload(Incoming[Batch]):
@@ -73,6 +74,7 @@ class BatchUpload(Incoming[Batch]):
             max_line_bytes=settings.max_line_bytes,
             max_requests=settings.max_requests_per_batch,
             max_errors=settings.max_line_errors,
+            limits=Limits.of(settings),
         )
 
     def _check_lines(self, model: ModelEntry) -> IntakeSummary:
