@@ -14,6 +14,7 @@
     ├── NotFound                   no such batch or file                            404
     │   └── ModelNotFound          the model is not in the registry                 404
     ├── Conflict                   it exists, but its state forbids this            409
+    │   └── KeyInUse               the same request is under way                    409
     ├── StorageFull                the disk (or its quota) is full                  507
     ├── StoreUnavailable           the database cannot be reached at the moment     503
     ├── LeaseLost                  another worker owns the batch now
@@ -159,6 +160,13 @@ class Conflict(BatchAppError):
     def __init__(self, message: str, *, code: str = "conflict") -> None:
         super().__init__(message)
         self.code = code
+
+
+class KeyInUse(Conflict):
+    """A request under the same Idempotency-Key has no answer yet. Retriable, unlike its kin."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code="idempotency_key_in_use")
 
 
 class StorageFull(BatchAppError):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from batch_app.batch_log import BatchLog
-from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile
+from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, Idempotency, StoredFile
 from batch_app.errors import BadRequest
 from batch_app.files import (
     move_durably,
@@ -19,6 +19,7 @@ from batch_app.files import (
     sync_dir,
     wake_workers,
 )
+from batch_app.idempotency import FormFingerprint
 from batch_app.incoming import Incoming, UploadServices
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry
@@ -26,10 +27,16 @@ from batch_app.shapes import Limits
 
 
 class BatchUpload(Incoming[Batch]):
-    """Raises also BadLines, and ModelNotFound for a form's model that isn't in the registry."""
+    """Under a key that was used before for the same form, becomes the batch that was made then.
 
-    def __init__(self, services: UploadServices) -> None:
+    Raises also BadLines, ModelNotFound for a form's model that isn't in the registry, and
+    IdempotencyMismatch.
+    """
+
+    def __init__(self, services: UploadServices, key: str | None = None) -> None:
         super().__init__(services)
+        self._key = key
+        self._fingerprint = FormFingerprint()
         self._batch_id = new_id("batch")
         self._file_id = new_id("file")
         self._model: ModelEntry | None = None
@@ -48,6 +55,8 @@ class BatchUpload(Incoming[Batch]):
 
     def _take(self, piece: bytes) -> None:
         super()._take(piece)
+        if self._key is not None:
+            self._fingerprint.take(piece)
         if self._intake is not None:
             self._intake.feed(piece)
 
@@ -62,8 +71,15 @@ class BatchUpload(Incoming[Batch]):
         return self._model
 
     def _accept(self) -> Batch:
+        idempotency = None
+        if self._key is not None:
+            said = self._fingerprint.with_fields(self._form.fields)
+            idempotency = Idempotency(self._key, said)
+            earlier = self.services.store.batch_of_key(None, idempotency)
+            if earlier is not None:
+                return earlier
         model = self._require_model()
-        return self._queue(model, self._check_lines(model))
+        return self._queue(model, self._check_lines(model), idempotency)
 
     def _rules(self, model: ModelEntry) -> IntakeRules:
         settings = self.services.settings
@@ -82,7 +98,9 @@ class BatchUpload(Incoming[Batch]):
             return self._intake.finish(self._path)
         return index_file(self._path, self._folder, self._rules(model))
 
-    def _queue(self, model: ModelEntry, summary: IntakeSummary) -> Batch:
+    def _queue(
+        self, model: ModelEntry, summary: IntakeSummary, idempotency: Idempotency | None
+    ) -> Batch:
         data, now = self.services.data, self.services.clock()
         input_file = StoredFile(
             id=self._file_id,
@@ -112,7 +130,9 @@ class BatchUpload(Incoming[Batch]):
             f"submitted: {summary.num_requests} requests, {self._size_bytes} bytes, "
             f"model {model.name}"
         )
-        self.services.store.add_batch(batch, input_file)
+        created = self.services.store.add_batch(batch, input_file, idempotency)
+        if created.id != batch.id:
+            return created  # the same form went through another server, at the same time
         self._leftovers.clear()
         with suppress(OSError):  # the batch is queued; a worker that isn't woken polls
             wake_workers(data)

@@ -73,6 +73,17 @@ _NATIVE_FORM = form_schema(
     ["file", "model"],
 )
 _NATIVE_FORM["requestBody"]["content"] |= json_schema(BatchCreate)
+_KEYED = {
+    "parameters": [
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "required": False,
+            "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_CHARS},
+            "description": "A repetition of the request under the same key gets the same batch.",
+        }
+    ]
+}
 _FORMAT = Query(
     None, alias="format", description="The dialect of the answer; by default the batch's own."
 )
@@ -114,23 +125,25 @@ def get_model(request: Request, model: str) -> Response:
 @router.post(
     "/v1/batches",
     response_model=AnyBatchBody,
-    responses=refusals(400, 404, 413, 415, 422, 503, 507, on_400=BadLinesBody | ErrorBody),
-    openapi_extra=_NATIVE_FORM,
+    responses=refusals(400, 404, 409, 413, 415, 422, 503, 507, on_400=BadLinesBody | ErrorBody),
+    openapi_extra=_NATIVE_FORM | _KEYED,
 )
 async def create_batch(request: Request) -> Response:
     """Create a batch: of a form with its file, or of a file uploaded before (JSON)."""
     own = services(request)
     if not is_json(request):
-        upload = BatchUpload(own.for_uploads)
-        batch = await receive(upload, dict(request.headers), request.stream())
+        key = _key(request)
+        with own.keys_in_use.hold(None, key):
+            upload = BatchUpload(own.for_uploads, key)
+            batch = await receive(upload, dict(request.headers), request.stream())
         return await run_in_threadpool(_answer, own, batch, None)
     wish, raw = await read_json(request, BatchCreate)
     batch = await run_in_threadpool(_create_from_file, own, wish, _idempotency(request, raw))
     return await run_in_threadpool(_answer, own, batch, None)
 
 
-def _idempotency(request: Request, said: bytes) -> Idempotency | None:
-    """The client's key, if it sent one, for the request that says this."""
+def _key(request: Request) -> str | None:
+    """The client's Idempotency-Key, if it sent one."""
     key = request.headers.get("idempotency-key")
     if not key:
         return None
@@ -139,7 +152,13 @@ def _idempotency(request: Request, said: bytes) -> Idempotency | None:
             f"The Idempotency-Key has more than {MAX_KEY_CHARS} characters.",
             param="Idempotency-Key",
         )
-    return Idempotency(key, hashlib.sha256(said).hexdigest())
+    return key
+
+
+def _idempotency(request: Request, said: bytes) -> Idempotency | None:
+    """The client's key, if it sent one, for the request that says this."""
+    key = _key(request)
+    return None if key is None else Idempotency(key, hashlib.sha256(said).hexdigest())
 
 
 def _create_from_file(own: Services, wish: BatchCreate, idempotency: Idempotency | None) -> Batch:
@@ -268,6 +287,7 @@ def cancel_batch(request: Request, batch_id: str, dialect: Dialect | None = _FOR
     "/v1/batches/{batch_id}/retry",
     response_model=AnyBatchBody,
     responses=refusals(400, 404, 409, 422, 503, 507),
+    openapi_extra=_KEYED,
 )
 def retry(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
     """Run the requests of a finished batch that did not succeed once more, as a new batch."""

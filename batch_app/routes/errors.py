@@ -22,6 +22,7 @@ from batch_app.errors import (
     Conflict,
     Forbidden,
     IdempotencyMismatch,
+    KeyInUse,
     ModelNotFound,
     NotFound,
     StorageFull,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 NO_RETRY = {"x-should-retry": "false"}
 RETRY_SOON = {"retry-after": "2"}
+RETRY_A_409 = {"x-should-retry": "true", **RETRY_SOON}
 CHALLENGE = 'Bearer realm="vllm-batch"'
 INVALID_TOKEN = f'{CHALLENGE}, error="invalid_token"'
 
@@ -55,6 +57,7 @@ STATUS: Mapping[type[BatchAppError], int] = {
     NotFound: 404,
     ModelNotFound: 404,
     Conflict: 409,
+    KeyInUse: 409,
     StorageFull: 507,
     StoreUnavailable: 503,
 }
@@ -102,6 +105,8 @@ def _headers(error: BatchAppError, status: int) -> Mapping[str, str] | None:
     if isinstance(error, TooMany):
         retry = {"retry-after": str(error.retry_after_s)}
         return retry if error.repeatable else retry | NO_RETRY
+    if isinstance(error, KeyInUse):
+        return RETRY_A_409
     if isinstance(error, Unauthenticated):
         return {"www-authenticate": CHALLENGE if error.is_missing else INVALID_TOKEN}
     if isinstance(error, Forbidden) and error.scope is not None:

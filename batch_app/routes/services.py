@@ -20,6 +20,7 @@ from batch_app.errors import NotFound
 from batch_app.estimates import Estimate, estimate, run_time_s
 from batch_app.files import DataDir, new_id
 from batch_app.housekeeping import Housekeeping
+from batch_app.idempotency import KeysInUse
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
@@ -44,6 +45,7 @@ class Services:
     benchmarks: BenchmarkFolder
     clock: Callable[[], datetime] = utc_now
     stopping: Event = field(default_factory=Event)
+    keys_in_use: KeysInUse = field(default_factory=KeysInUse)
     upload_limiter: CapacityLimiter = field(
         default_factory=lambda: CapacityLimiter(MAX_BUSY_UPLOADS)
     )
