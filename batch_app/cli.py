@@ -164,6 +164,39 @@ def up(
     raise typer.Exit(Supervisor(commands).run())
 
 
+@app.command()
+def run(
+    source: Annotated[Path | None, typer.Argument(metavar="INPUT", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Argument(metavar="OUTPUT", show_default=False)] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input-file", "-i", help="INPUT, as vLLM's run-batch calls it.")
+    ] = None,
+    output_file: Annotated[
+        Path | None,
+        typer.Option("--output-file", "-o", help="OUTPUT, as vLLM's run-batch calls it."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="The registry's name of the model that answers.", show_default=False)
+    ] = "",
+    models: Models = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output that is there already.")
+    ] = False,
+) -> None:
+    """Answer one file without a server. Run it again after a crash, and it goes on."""
+    from batch_app import one_shot
+
+    source, output = source or input_file, output or output_file
+    if source is None or output is None or not model:
+        raise typer.BadParameter("Name INPUT, OUTPUT and --model.")
+    settings = _settings(models=models)
+    try:
+        code = one_shot.main(source, output, model=model, settings=settings, overwrite=overwrite)
+    except BatchAppError as error:
+        raise _ended(error) from None
+    raise typer.Exit(code)
+
+
 def main() -> None:
     app()
 
