@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
-from batch_app.errors import BadLines, BadRequest, Conflict, NotFound
+from batch_app.errors import BadLines, BadRequest, Conflict
 from batch_app.files import (
     DataDir,
     IncomingFolder,
