@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test lint format bench clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,16 @@ lint: setup  ## Check style, types and the direction of imports
 format: setup  ## Rewrite the code in the agreed style
 	$(PYTHON_IN_VENV) -m ruff check --fix .
 	$(PYTHON_IN_VENV) -m ruff format .
+
+BENCH ?= all
+RUNS ?= 5
+BENCH_OUT ?= data/bench/reports
+
+bench: setup  ## Measure against vLLM's own batch runner (BENCH=workload, RUNS=5, BENCH_OUT=folder)
+	@mkdir -p $(BENCH_OUT)
+	$(PYTHON_IN_VENV) -m benchmarks.peer --workload $(BENCH) --runs $(RUNS) \
+	    --json $(BENCH_OUT)$(if $(filter all,$(BENCH)),,/$(BENCH).json) \
+	    --plot $(BENCH_OUT)$(if $(filter all,$(BENCH)),,/$(BENCH).svg)
 
 clean:  ## Remove caches and build output; keeps .venv and data
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis \

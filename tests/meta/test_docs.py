@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import write_docs
 
+from benchmarks.peer import markdown
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
@@ -30,3 +32,9 @@ def test_files_and_scripts_that_are_named_exist(page: Path) -> None:
     pattern = r"`((?:batch_app|tools|tests|docs|benchmarks|examples)/[\w./-]+\.\w+)`"
     for name in re.findall(pattern, text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_measured_figures_are_those_of_the_reports() -> None:
+    page = markdown.PAGE.read_text(encoding="utf-8")
+    section = markdown.render(markdown.load_reports(markdown.REPORTS))
+    assert markdown.page_with(section, page) == page, "run python -m benchmarks.peer.markdown"
