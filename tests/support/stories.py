@@ -114,7 +114,9 @@ class HereSlot:
     def holds(self, entry: ModelEntry) -> bool:
         return False
 
-    def take(self, entry: ModelEntry) -> tuple[HereEngine, EngineInfo]:
+    def take(
+        self, entry: ModelEntry, say: Callable[[str], None] = lambda _: None
+    ) -> tuple[HereEngine, EngineInfo]:
         engine = HereEngine(model_spec(entry))
         engine.answers, engine.event = self.answers, self.event
         return engine, engine.load()
