@@ -44,7 +44,9 @@ def shell_output(working: Running, tmp_path: Path) -> str:
 def test_the_examples_run(shell_output: str, working: Running, tmp_path: Path) -> None:
     assert len((tmp_path / "results.jsonl").read_bytes().splitlines()) == 2
     assert '"custom_id":"b"' in shell_output
-    assert '"batch_id"' in shell_output.splitlines()[-1]
+    *_, native, again = shell_output.splitlines()
+    assert '"batch_id"' in native
+    assert native.endswith(f"}}{again}"), "the same key, the same batch"
 
     (example,) = blocks("python", working)
     done = subprocess.run(
