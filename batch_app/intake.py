@@ -25,7 +25,7 @@ from batch_app.index import Index, IndexWriter
 from batch_app.lines import LineParser, LineProblem
 from batch_app.policy import check_template_arguments
 from batch_app.registry import ModelRegistry
-from batch_app.shapes import Limits
+from batch_app.shapes import BodyLimits
 
 READ_BYTES = 1 << 20
 
@@ -45,7 +45,7 @@ class IntakeRules:
     max_line_bytes: int = 8 << 20
     max_requests: int = 0
     max_errors: int = 100
-    limits: Limits = field(default_factory=Limits)
+    limits: BodyLimits = field(default_factory=BodyLimits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from msgspec import Meta, Struct
 
 from batch_app.core import Endpoint
 from batch_app.policy import check_body
-from batch_app.shapes import Limits, LineProblem, kind
+from batch_app.shapes import BodyLimits, LineProblem, kind
 
 __all__ = ["LineParser", "LineProblem", "RequestLine", "parse_line"]
 
@@ -95,9 +95,9 @@ class LineParser:
     `only_endpoint`: what the `url` of each must be; None: any that there is.
     """
 
-    def __init__(self, only_endpoint: str | None = None, limits: Limits | None = None) -> None:
+    def __init__(self, only_endpoint: str | None = None, limits: BodyLimits | None = None) -> None:
         self._only_endpoint = only_endpoint
-        self._limits = limits or Limits()
+        self._limits = limits or BodyLimits()
         self._verdicts: dict[tuple[str, bytes], _Verdict] = {}
         self._last = _Cut("", b"", b"", _decode_text, 0, _Verdict(None, 0, b"", False, ()))
 

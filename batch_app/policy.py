@@ -11,8 +11,8 @@ from typing import Any
 
 from batch_app.core import Endpoint
 from batch_app.shapes import (
+    BodyLimits,
     Check,
-    Limits,
     LineProblem,
     array,
     at_most,
@@ -169,7 +169,7 @@ _tool_call = record(
 )
 
 
-def _image_or_url(value: Any, name: str, limits: Limits) -> None:
+def _image_or_url(value: Any, name: str, limits: BodyLimits) -> None:
     """vLLM takes the URL itself in place of the object around it."""
     if isinstance(value, str):
         image(value, name, limits)
@@ -208,7 +208,7 @@ _message_fields: dict[str, Check] = {
 }
 
 
-def _messages(value: Any, name: str, limits: Limits) -> None:
+def _messages(value: Any, name: str, limits: BodyLimits) -> None:
     if not isinstance(value, list) or not value:
         raise problem(name, f'"{name}" must be a list of at least one message.')
     for position, message in enumerate(value):
@@ -307,7 +307,7 @@ _response_items = variants(
 )
 
 
-def _response_input(value: Any, name: str, limits: Limits) -> None:
+def _response_input(value: Any, name: str, limits: BodyLimits) -> None:
     if isinstance(value, str):
         return
     if not isinstance(value, list):
@@ -388,7 +388,7 @@ _EMBEDDINGS = _pooling | {
 }
 
 
-def _scored(value: Any, name: str, limits: Limits) -> None:
+def _scored(value: Any, name: str, limits: BodyLimits) -> None:
     """A text, an object of content parts, or a list of these."""
     one = string_or(
         record(
@@ -436,7 +436,7 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 
 
 def check_body(
-    endpoint: str, body: Mapping[str, Any], limits: Limits, *, without: str | None = None
+    endpoint: str, body: Mapping[str, Any], limits: BodyLimits, *, without: str | None = None
 ) -> None:
     """Hold a request's body to the policy. `without`: a field that has been checked already.
 

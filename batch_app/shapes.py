@@ -46,7 +46,7 @@ class LineProblem(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BodyLimits:
     """How much of what a body may ask for; the settings of the same names say more.
 
     `media_domains`: hosts that images may be loaded from; none: `data:` URLs only.
@@ -66,12 +66,12 @@ class Limits:
     media_domains: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, settings: Settings) -> Limits:
+    def of(cls, settings: Settings) -> BodyLimits:
         values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(cls)}
         return cls(**values | {"media_domains": frozenset(settings.media_domains)})
 
 
-Check = Callable[[Any, str, Limits], None]
+Check = Callable[[Any, str, BodyLimits], None]
 
 
 def kind(value: Any) -> str:
@@ -96,29 +96,29 @@ def short(name: str) -> str:
 # -- scalars -----------------------------------------------------------------------------------
 
 
-def number(value: Any, name: str, limits: Limits) -> None:
+def number(value: Any, name: str, limits: BodyLimits) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise wrong_type(name, "a number", value)
 
 
-def integer(value: Any, name: str, limits: Limits) -> None:
+def integer(value: Any, name: str, limits: BodyLimits) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise wrong_type(name, "an integer", value)
     if not -(2**63) <= value < 2**63:
         raise wrong_type(name, "an integer of at most 64 bits", value)
 
 
-def boolean(value: Any, name: str, limits: Limits) -> None:
+def boolean(value: Any, name: str, limits: BodyLimits) -> None:
     if not isinstance(value, bool):
         raise wrong_type(name, "true or false", value)
 
 
-def text(value: Any, name: str, limits: Limits) -> None:
+def text(value: Any, name: str, limits: BodyLimits) -> None:
     if not isinstance(value, str):
         raise wrong_type(name, "a string", value)
 
 
-def scalar(value: Any, name: str, limits: Limits) -> None:
+def scalar(value: Any, name: str, limits: BodyLimits) -> None:
     if not isinstance(value, (str, int, float)):
         raise wrong_type(name, "a string, a number, true or false", value)
 
@@ -126,7 +126,7 @@ def scalar(value: Any, name: str, limits: Limits) -> None:
 def at_most(setting: str, least: int | None = None) -> Check:
     """An integer that a setting bounds."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         integer(value, name, limits)
         if least is not None and value < least:
             raise problem(name, f'"{name}" must be at least {least}.')
@@ -138,7 +138,7 @@ def at_most(setting: str, least: int | None = None) -> Check:
 
 
 def between(least: int, most: int) -> Check:
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         integer(value, name, limits)
         if not least <= value <= most:
             raise problem(name, f'"{name}" must be from {least} to {most}.')
@@ -147,7 +147,7 @@ def between(least: int, most: int) -> Check:
 
 
 def text_up_to(max_chars: int) -> Check:
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         text(value, name, limits)
         if len(value) > max_chars:
             raise problem(name, f'"{name}" must have at most {max_chars} characters.')
@@ -162,7 +162,7 @@ def one_of(*choices: Any) -> Check:
         for choice in choices
     )
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if (type(value), value) not in allowed:
             raise problem(name, f'"{name}" must be {words}, or be left out.')
 
@@ -175,7 +175,7 @@ def one_of(*choices: Any) -> Check:
 def fields(
     value: Mapping[str, Any],
     name: str,
-    limits: Limits,
+    limits: BodyLimits,
     allowed: Mapping[str, Check],
     refused: Mapping[str, str] | None = None,
 ) -> None:
@@ -197,7 +197,7 @@ def fields(
 def record(required: Sequence[str] = (), /, **allowed: Check) -> Check:
     """An object of these fields and no others."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if not isinstance(value, dict):
             raise wrong_type(name, "an object", value)
         fields(value, name, limits, allowed)
@@ -211,7 +211,7 @@ def record(required: Sequence[str] = (), /, **allowed: Check) -> Check:
 def variants(**shapes: Check) -> Check:
     """An object whose `type` says which of these it is."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if not isinstance(value, dict):
             raise wrong_type(name, "an object", value)
         which = value.get("type")
@@ -227,7 +227,7 @@ def variants(**shapes: Check) -> Check:
 def array(check_item: Check, *, setting: str = "", most: int = 0, least: int = 0) -> Check:
     """A list of such items; how many, a setting says or `most` (0: any number)."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if not isinstance(value, list):
             raise wrong_type(name, "a list", value)
         bound: int = getattr(limits, setting) if setting else most
@@ -245,7 +245,7 @@ def array(check_item: Check, *, setting: str = "", most: int = 0, least: int = 0
 def text_or(check_list: Check) -> Check:
     """A string, or a list that this check takes."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if isinstance(value, list):
             check_list(value, name, limits)
         elif not isinstance(value, str):
@@ -257,7 +257,7 @@ def text_or(check_list: Check) -> Check:
 def string_or(other: Check) -> Check:
     """A string, or what this check takes."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if not isinstance(value, str):
             other(value, name, limits)
 
@@ -267,7 +267,7 @@ def string_or(other: Check) -> Check:
 def mapping(check_item: Check, most: int) -> Check:
     """An object with any names, and such values."""
 
-    def check(value: Any, name: str, limits: Limits) -> None:
+    def check(value: Any, name: str, limits: BodyLimits) -> None:
         if not isinstance(value, dict):
             raise wrong_type(name, "an object", value)
         if len(value) > most:
@@ -278,7 +278,7 @@ def mapping(check_item: Check, most: int) -> Check:
     return check
 
 
-def empty(value: Any, name: str, limits: Limits) -> None:
+def empty(value: Any, name: str, limits: BodyLimits) -> None:
     """Fields of an answer that come back empty when it is sent again as part of a prompt."""
     if value:
         raise problem(name, f'"{name}" must be empty, or be left out.')
@@ -287,7 +287,7 @@ def empty(value: Any, name: str, limits: Limits) -> None:
 # -- inputs, stop strings ----------------------------------------------------------------------
 
 
-def texts(value: Any, name: str, limits: Limits) -> None:
+def texts(value: Any, name: str, limits: BodyLimits) -> None:
     """A prompt, or a list of prompts. Token ids aren't taken: see docs/request_policy.md."""
     if isinstance(value, str):
         return
@@ -302,18 +302,25 @@ def texts(value: Any, name: str, limits: Limits) -> None:
             raise problem(f"{name}[{position}]", f'"{name}[{position}]" must be {wanted}.{hint}')
 
 
-def stop_strings(value: Any, name: str, limits: Limits) -> None:
-    one = text_up_to(limits.max_stop_chars)
-    if isinstance(value, str):
-        one(value, name, limits)
+def stop_strings(value: Any, name: str, limits: BodyLimits) -> None:
+    if not isinstance(value, str):
+        array(_stop_string, setting="max_stop")(value, name, limits)
     else:
-        array(one, setting="max_stop")(value, name, limits)
+        _stop_string(value, name, limits)
+
+
+def _stop_string(value: Any, name: str, limits: BodyLimits) -> None:
+    text(value, name, limits)
+    if len(value) > limits.max_stop_chars:
+        raise problem(
+            name, f'"{name}" must have at most {limits.max_stop_chars} characters (max_stop_chars).'
+        )
 
 
 # -- schemas and expressions -------------------------------------------------------------------
 
 
-def regex(value: Any, name: str, limits: Limits) -> None:
+def regex(value: Any, name: str, limits: BodyLimits) -> None:
     """A regular expression that a grammar may be made of: short, and short when unfolded."""
     text(value, name, limits)
     if len(value) > limits.max_regex_chars:
@@ -367,7 +374,7 @@ def unfolded_size(pattern: str) -> int:
     return size + sum(groups)
 
 
-def schema(value: Any, name: str, limits: Limits) -> None:
+def schema(value: Any, name: str, limits: BodyLimits) -> None:
     """A JSON Schema (or another free object) of bounded size and depth, that refers to itself only.
 
     What a grammar can't be made of, vLLM answers for that request alone.
@@ -381,7 +388,7 @@ def schema(value: Any, name: str, limits: Limits) -> None:
         )
 
 
-def _walk_schema(value: Any, name: str, limits: Limits, depth: int) -> int:
+def _walk_schema(value: Any, name: str, limits: BodyLimits, depth: int) -> int:
     """The size of it in bytes, roughly as compact JSON has it."""
     if isinstance(value, str):
         return len(value.encode()) + 2
@@ -411,7 +418,7 @@ def _walk_schema(value: Any, name: str, limits: Limits, depth: int) -> int:
     return size
 
 
-def grammar(value: Any, name: str, limits: Limits) -> None:
+def grammar(value: Any, name: str, limits: BodyLimits) -> None:
     text(value, name, limits)
     if len(value) > limits.max_schema_bytes:
         raise problem(
@@ -423,7 +430,7 @@ def grammar(value: Any, name: str, limits: Limits) -> None:
 # -- media -------------------------------------------------------------------------------------
 
 
-def image(value: Any, name: str, limits: Limits) -> None:
+def image(value: Any, name: str, limits: BodyLimits) -> None:
     """The URL of an image: `data:`, or https from a host that the operator named."""
     text(value, name, limits)
     if value[:11].lower() == "data:image/":

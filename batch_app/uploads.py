@@ -23,7 +23,7 @@ from batch_app.idempotency import FormFingerprint
 from batch_app.incoming import Incoming, UploadServices
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry
-from batch_app.shapes import Limits
+from batch_app.shapes import BodyLimits
 
 
 class BatchUpload(Incoming[Batch]):
@@ -90,7 +90,7 @@ class BatchUpload(Incoming[Batch]):
             max_line_bytes=settings.max_line_bytes,
             max_requests=settings.max_requests_per_batch,
             max_errors=settings.max_line_errors,
-            limits=Limits.of(settings),
+            limits=BodyLimits.of(settings),
         )
 
     def _check_lines(self, model: ModelEntry) -> IntakeSummary:

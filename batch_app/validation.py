@@ -26,7 +26,7 @@ from batch_app.errors import (
 from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, wake_workers
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelRegistry
-from batch_app.shapes import Limits
+from batch_app.shapes import BodyLimits
 from batch_app.store import Store
 
 #: What a dead server was checking is taken up after this.
@@ -45,7 +45,7 @@ def intake_rules(batch: Batch, settings: Settings, registry: ModelRegistry) -> I
         max_line_bytes=settings.max_line_bytes,
         max_requests=settings.max_requests_per_batch,
         max_errors=settings.max_line_errors,
-        limits=Limits.of(settings),
+        limits=BodyLimits.of(settings),
     )
 
 
