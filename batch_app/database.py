@@ -197,6 +197,16 @@ workers = Table(
     Column("batch_id", String(64)),
 )
 
+# Counters that only grow, for the metrics.
+model_loads = Table(
+    "model_loads",
+    metadata,
+    Column("model", String(512), primary_key=True),
+    Column("num_loads", BigInteger, nullable=False, default=0),
+    Column("num_failed", BigInteger, nullable=False, default=0),
+    Column("load_s", Float, nullable=False, default=0.0),
+)
+
 
 def has_safe_wal(version: tuple[int, int, int]) -> bool:
     """Whether this SQLite version may keep a write-ahead log under several writers.

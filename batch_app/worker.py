@@ -79,6 +79,7 @@ class Worker:
             self._data.engine_log_dir / "engine.log",
             stop.is_set,
             LoweredLimits(self._data.lowered_limits_file),
+            self._count_load,
         )
         self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         self._runner = Runner(
@@ -213,6 +214,12 @@ class Worker:
                 continue  # an upload on its way
             except StoreUnavailable:
                 return
+
+    def _count_load(self, model: str, load_s: float | None) -> None:
+        try:
+            self._store.count_load(model, load_s)
+        except (StoreUnavailable, StorageFull) as error:
+            logger.warning("Can't count a load of %s: %s", model, error.message)
 
     # -- signs of life -------------------------------------------------------------------------
 

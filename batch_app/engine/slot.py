@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from batch_app.core import EngineLimits
 from batch_app.engine.base import EngineInfo, ModelSpec
 from batch_app.engine.host import EngineHost
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
-from batch_app.errors import EngineLoadError
+from batch_app.errors import EngineDied, EngineLoadError
 from batch_app.registry import ModelEntry
 
 
@@ -38,11 +39,14 @@ class EngineSlot:
         log_path: Path,
         interrupted: Callable[[], bool],
         lowered: LoweredLimits,
+        on_load: Callable[[str, float | None], None] = lambda *_: None,
     ) -> None:
+        """`on_load` is told of every attempt: the model, and its seconds; None where it failed."""
         self._settings = settings
         self._log_path = log_path
         self._interrupted = interrupted
         self._lowered = lowered
+        self._on_load = on_load
         self._entry: ModelEntry | None = None
         self._host: EngineHost | None = None
 
@@ -92,9 +96,11 @@ class EngineSlot:
         starts_left = MAX_SMALLER_STARTS
         while True:
             host = self._make_host(msgspec.structs.replace(spec, lowered=lowered))
+            started = time.monotonic()
             try:
-                return host, host.load()
+                info = host.load()
             except EngineLoadError as error:
+                self._on_load(spec.name, None)
                 tried = error.too_large
                 limits = smaller(tried.limits) if tried else None
                 if tried is None or limits is None or not starts_left:
@@ -103,6 +109,12 @@ class EngineSlot:
                 lowered = replace(tried, limits=limits)
                 self._lowered.set(spec, lowered)
                 say(f"{error.message.rstrip('.')}. Trying again with {in_words(limits)}.")
+            except EngineDied:
+                self._on_load(spec.name, None)
+                raise
+            else:
+                self._on_load(spec.name, time.monotonic() - started)
+                return host, info
 
     def _make_host(self, spec: ModelSpec) -> EngineHost:
         return EngineHost(

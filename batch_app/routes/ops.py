@@ -10,6 +10,8 @@ from starlette.responses import Response
 
 from batch_app import __version__
 from batch_app.errors import StorageFull, StoreUnavailable
+from batch_app.metrics import CONTENT_TYPE, Reading, exposition
+from batch_app.routes.answers import refusals
 from batch_app.routes.services import Services, services
 
 router = APIRouter(tags=["operation"])
@@ -45,6 +47,27 @@ def readyz(request: Request) -> Response:
 def health(request: Request) -> Response:
     """The same as /readyz, under the name that most probes look for."""
     return _readiness(services(request))
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+        **refusals(503),
+    },
+)
+def metrics(request: Request) -> Response:
+    """Counters and gauges for Prometheus, in its text format."""
+    own = services(request)
+    reading = Reading(
+        totals=own.store.totals(),
+        workers=own.store.list_workers(),
+        free_bytes=shutil.disk_usage(own.data.root).free,
+        heartbeat_s=own.settings.heartbeat_s,
+        now=own.clock(),
+    )
+    return Response(exposition(reading), headers={"content-type": CONTENT_TYPE})
 
 
 def _readiness(own: Services) -> Response:

@@ -96,5 +96,8 @@ def test_the_batch_runs_and_its_log_says_so(tmp_path: Path) -> None:
         again = site.submit([echo_line(0)], "cramped")
         assert site.wait_until_done(again).status is BatchStatus.COMPLETED
         assert "Trying again" not in site.log(again)
+        loads = site.store.totals().loads["cramped"]
+        assert (loads.num_loads, loads.num_failed) == (1, 3)
+        assert 0 < loads.load_s < 60
     finally:
         site.close()

@@ -78,6 +78,14 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
+        "model_loads",
+        sa.Column("model", sa.String(length=512), nullable=False),
+        sa.Column("num_loads", sa.BigInteger(), nullable=False),
+        sa.Column("num_failed", sa.BigInteger(), nullable=False),
+        sa.Column("load_s", sa.Float(), nullable=False),
+        sa.PrimaryKeyConstraint("model"),
+    )
+    op.create_table(
         "batches",
         sa.Column(
             "seq",

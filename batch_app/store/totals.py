@@ -1,0 +1,128 @@
+"""What is counted over all time, for those who watch the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy import func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from batch_app.core import BatchStatus, FilePurpose, Progress, TokenCounts
+from batch_app.database import batches, files, model_loads
+from batch_app.store.batches import LEASED, NOT_BEGUN
+from batch_app.store.transactions import Transactions
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLoads:
+    """How often a model was loaded, how often that failed, and the seconds of those that didn't."""
+
+    num_loads: int = 0
+    num_failed: int = 0
+    load_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """`num_batches` has every state; the others only models that have something to count.
+
+    `waiting`: requests of unfinished batches that have no result. `oldest_waiting_since`: when the
+    batch came that has waited longest for its first worker.
+    """
+
+    num_batches: Mapping[BatchStatus, int] = field(default_factory=dict)
+    progress: Mapping[str, Progress] = field(default_factory=dict)
+    waiting: Mapping[str, int] = field(default_factory=dict)
+    loads: Mapping[str, ModelLoads] = field(default_factory=dict)
+    oldest_waiting_since: datetime | None = None
+    num_uploads: int = 0
+    upload_bytes: int = 0
+
+
+class TotalsStore(Transactions):
+    def count_load(self, model: str, load_s: float | None) -> None:
+        """Count that a worker loaded this model in so many seconds; None: that it could not."""
+        counts = model_loads.c
+        changes = (
+            {"num_failed": counts.num_failed + 1}
+            if load_s is None
+            else {"num_loads": counts.num_loads + 1, "load_s": counts.load_s + load_s}
+        )
+        new = {"model": model, "num_loads": 0, "num_failed": 0, "load_s": 0.0}
+        count = update(model_loads).where(counts.model == model).values(changes)
+        with self._write() as connection:
+            if connection.execute(count).rowcount:
+                return
+        with suppress(IntegrityError), self._write() as connection:  # another worker was faster
+            connection.execute(insert(model_loads).values(new))
+        with self._write() as connection:
+            connection.execute(count)
+
+    def totals(self) -> Totals:
+        """All of it, in one look. Reads every batch's row."""
+        columns = batches.c
+        sums = [
+            columns.total,
+            columns.completed,
+            columns.failed,
+            columns.prompt_tokens,
+            columns.completion_tokens,
+            columns.cached_tokens,
+            columns.reasoning_tokens,
+        ]
+        unfinished = {status.value for status in (*NOT_BEGUN, *LEASED)}
+        num_batches = dict.fromkeys(BatchStatus, 0)
+        progress: dict[str, Progress] = {}
+        waiting: dict[str, int] = {}
+        with self._read() as connection:
+            for row in connection.execute(
+                select(
+                    columns.status,
+                    columns.model,
+                    func.count().label("num"),
+                    *(func.coalesce(func.sum(column), 0).label(column.name) for column in sums),
+                ).group_by(columns.status, columns.model)
+            ):
+                num_batches[BatchStatus(row.status)] += row.num
+                before = progress.get(row.model, Progress())
+                progress[row.model] = Progress(
+                    before.completed + int(row.completed),
+                    before.failed + int(row.failed),
+                    before.tokens
+                    + TokenCounts(
+                        int(row.prompt_tokens),
+                        int(row.completion_tokens),
+                        int(row.cached_tokens),
+                        int(row.reasoning_tokens),
+                    ),
+                )
+                if row.status in unfinished:
+                    rest = max(int(row.total) - int(row.completed) - int(row.failed), 0)
+                    waiting[row.model] = waiting.get(row.model, 0) + rest
+            oldest = connection.execute(
+                select(columns.created_at)
+                .where(columns.status == BatchStatus.QUEUED.value)
+                .order_by(columns.seq)
+                .limit(1)
+            ).scalar()
+            uploads = connection.execute(
+                select(func.count(), func.coalesce(func.sum(files.c.size_bytes), 0)).where(
+                    files.c.purpose == FilePurpose.BATCH.value
+                )
+            ).one()
+            loads = {
+                row.model: ModelLoads(row.num_loads, row.num_failed, row.load_s)
+                for row in connection.execute(select(model_loads))
+            }
+        return Totals(
+            num_batches=num_batches,
+            progress=progress,
+            waiting=waiting,
+            loads=loads,
+            oldest_waiting_since=oldest,
+            num_uploads=int(uploads[0]),
+            upload_bytes=int(uploads[1]),
+        )
