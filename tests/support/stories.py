@@ -121,6 +121,9 @@ class HereSlot:
         engine.answers, engine.event = self.answers, self.event
         return engine, engine.load()
 
+    def lower(self) -> None:
+        pass
+
     def unload(self) -> None:
         pass
 
