@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import copy
 import errno
+import os
 import re
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,17 +23,19 @@ import uvicorn
 import uvicorn.config
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 
 from batch_app import __version__
+from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
-from batch_app.errors import BatchAppError, ConfigError
+from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
 from batch_app.routes import batches, errors, openai_files, ops, results
-from batch_app.routes.answers import REFERENCE
-from batch_app.routes.middleware import LoopbackHosts, RequestIds, is_loopback
+from batch_app.routes.audit_trail import AuditTrail
+from batch_app.routes.authentication import Authentication
+from batch_app.routes.description import describe
+from batch_app.routes.middleware import Hosts, Origins, RequestIds, SecurityHeaders, is_loopback
 from batch_app.routes.services import Services
-from batch_app.wire.openai import REQUEST_BODIES
+from batch_app.routes.slow_clients import BodyLimits, with_header_timeout
 
 #: Seconds that answers under way get at shutdown. Uploads cut off here leave nothing behind.
 SHUTDOWN_S = 8
@@ -52,8 +55,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with suppress(StoreUnavailable):
+            await run_in_threadpool(services.access.is_required)  # for /openapi.json
         _announce(services)
-        background = (services.validation, services.housekeeping)
+        background = (services.validation, services.housekeeping, services.key_uses)
         for thread in background:
             thread.start()
         yield
@@ -76,35 +81,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(ops.router)
     errors.install(app)
     # The last one added is the first one asked.
-    if is_loopback(settings.host):
-        app.add_middleware(LoopbackHosts)
+    app.add_middleware(Authentication, access=services.access)
+    app.add_middleware(BodyLimits, settings=settings)
+    app.add_middleware(Origins)
+    app.add_middleware(Hosts, settings=settings, access=services.access)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestIds)
-    _describe_refusals(app)
+    app.add_middleware(AuditTrail, log=services.audit)
+    describe(app, services.access)
     return app
-
-
-def _describe_refusals(app: FastAPI) -> None:
-    """Have /openapi.json say what is true: a bad parameter is a 400 in our shape, never a 422."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = generate()
-            for operations in schema["paths"].values():
-                for operation in operations.values():
-                    refusal = operation["responses"].get("422", {})
-                    if "HTTPValidationError" in str(refusal):
-                        del operation["responses"]["422"]
-            for name in ("HTTPValidationError", "ValidationError"):
-                schema["components"]["schemas"].pop(name, None)
-            _, bodies = models_json_schema(
-                [(model, "validation") for model in REQUEST_BODIES], ref_template=REFERENCE
-            )
-            schema["components"]["schemas"] |= bodies["$defs"]
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _announce(services: Services) -> None:
@@ -112,8 +97,11 @@ def _announce(services: Services) -> None:
     _say(f"✅ Database initialized at {url}")
     for model in dict.fromkeys(record.model for record in services.benchmarks.all()):
         _say(f"✅ Loaded benchmark for {model}")
-    if services.settings.no_auth and not is_loopback(services.settings.host):
-        _say("⚠️  No API keys (--no-auth): whoever reaches this address may use this server.")
+    if services.settings.no_auth:
+        _say(
+            "⚠️  --no-auth: nobody is asked for an API key. Whoever reaches "
+            f"{services.settings.host} may use this server, read all results and delete them."
+        )
     _say("✅ Batch API Server started")
 
 
@@ -155,6 +143,9 @@ def serve(settings: Settings) -> int:
         log_config=_log_config(),
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
+        http=with_header_timeout(settings.client_timeout_s),
+        # Whoever calls from this machine could else say that it was somebody else.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         ws="none",
     )
     # uvicorn raises the signal again once it is done; without these it would be our end.
@@ -165,12 +156,15 @@ def serve(settings: Settings) -> int:
 
 
 def check_address(settings: Settings) -> None:
-    """Raises ConfigError where the address would let in others although there are no keys."""
-    if not is_loopback(settings.host) and not settings.no_auth:
+    """Raises ConfigError where the address would let in others although there are no keys.
+
+    Raises also StoreUnavailable, StorageFull.
+    """
+    if not is_loopback(settings.host) and not settings.no_auth and not has_keys(settings):
         raise ConfigError(
             f"Listening on {settings.host} would let anyone who reaches it use this server, and "
-            "there are no API keys. Listen on 127.0.0.1 (the default), or say --no-auth if the "
-            "network is yours alone."
+            "there are no API keys. Make one (vllm-batch keys create NAME), listen on 127.0.0.1 "
+            "(the default), or say --no-auth if the network is yours alone."
         )
 
 

@@ -71,6 +71,7 @@ class FileUpload(Incoming[StoredFile]):
             size_bytes=self._size_bytes,
             created_at=now,
             expires_at=now + timedelta(seconds=life_s) if life_s else None,
+            owner=services.caller.owner,
         )
         path = services.data.input_file(file.id)
         self._leftovers.append(path)

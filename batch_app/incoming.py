@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, Generic, TypeVar
@@ -22,8 +24,9 @@ from anyio import CancelScope, CapacityLimiter
 
 from batch_app.config import MIB, Settings
 from batch_app.core import utc_now
-from batch_app.errors import BadRequest, StorageFull, TooLarge, UnsupportedMedia
+from batch_app.errors import BadRequest, StorageFull, TooLarge, TooMany, UnsupportedMedia
 from batch_app.files import DataDir, IncomingFolder, no_room_is_storage_full, remove_tree
+from batch_app.keys import EVERYBODY, Caller
 from batch_app.multipart import Form
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
@@ -38,7 +41,10 @@ ROOM_CHECK_BYTES = 64 * MIB
 
 @dataclass(frozen=True)
 class UploadServices:
-    """What an upload needs of the server. `clock` and `limiter` are shared by all uploads."""
+    """What an upload needs of the server, and who sends it.
+
+    `clock`, `limiter` and `under_way` are shared by all uploads.
+    """
 
     settings: Settings
     data: DataDir
@@ -46,6 +52,8 @@ class UploadServices:
     registry: ModelRegistry
     limiter: CapacityLimiter
     clock: Callable[[], datetime] = utc_now
+    caller: Caller = EVERYBODY
+    under_way: Counter[str | None] = field(default_factory=Counter)
 
 
 T = TypeVar("T")
@@ -63,11 +71,36 @@ async def receive(
     Raises:
         BadRequest: the form can't be used (`TooLarge`, `UnsupportedMedia` among it).
         StorageFull: there is no room.
+        TooMany: its owner has too many uploads under way.
         StoreUnavailable: the database does not answer.
         … and what the kind of upload adds. Whatever is raised, nothing of the upload remains.
     """
     _check_headers(incoming.services.settings, headers)
     incoming.begin(headers.get("content-type"))
+    with _under_way(incoming.services):
+        return await _received(incoming, chunks)
+
+
+@contextmanager
+def _under_way(services: UploadServices) -> Iterator[None]:
+    """Counts the upload for as long as it lasts."""
+    owner, limit = services.caller.owner, services.settings.max_open_uploads
+    if services.under_way[owner] >= limit:
+        raise TooMany(
+            f"You have {limit} uploads under way (max_open_uploads). Send one after the other.",
+            code="too_many_uploads",
+            retry_after_s=5,
+        )
+    services.under_way[owner] += 1
+    try:
+        yield
+    finally:
+        services.under_way[owner] -= 1
+        if not services.under_way[owner]:
+            del services.under_way[owner]
+
+
+async def _received(incoming: Incoming[T], chunks: AsyncIterator[bytes]) -> T:
     limiter = incoming.services.limiter
     in_thread = anyio.to_thread.run_sync
     try:

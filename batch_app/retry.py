@@ -25,6 +25,7 @@ from batch_app.files import (
     wake_workers,
 )
 from batch_app.intake import index_file
+from batch_app.keys import EVERYBODY, Caller
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
 from batch_app.validation import intake_rules, window_end
@@ -38,16 +39,21 @@ def retry_batch(
     batch: Batch,
     now: datetime,
     idempotency: Idempotency | None = None,
+    *,
+    seen_by: Caller = EVERYBODY,
 ) -> Batch:
     """Queue the failed and the unanswered requests of a finished batch once more.
 
-    Returns the new batch, or the one that this key stands for already.
+    Returns the new batch, which belongs to the old one's owner, or the one that the caller's key
+    stands for already.
 
     Raises:
         Conflict: it has not finished, never had requests, or none of them failed.
         NotFound: its files were deleted.
         StorageFull: there is no room; nothing remains.
+        TooMany: its owner has too many batches that have not finished.
     """
+    store.require_room(batch.owner, settings.max_unfinished_batches)
     if not batch.is_terminal:
         raise Conflict(f"Batch {batch.id} has not finished.", code="batch_not_finished")
     if batch.error_file_id is None:
@@ -82,7 +88,13 @@ def retry_batch(
             move_durably(source, data.input_file(input_file.id))
             sync_dir(folder)
             move_durably(folder, data.work_dir(again.id))
-        created = store.add_batch(again, input_file, idempotency)
+        created = store.add_batch(
+            again,
+            input_file,
+            idempotency,
+            seen_by=seen_by,
+            max_unfinished=settings.max_unfinished_batches,
+        )
         if created.id != again.id:
             return created  # the same request, at the same time
         leftovers = []

@@ -75,7 +75,9 @@ class BatchUpload(Incoming[Batch]):
         if self._key is not None:
             said = self._fingerprint.with_fields(self._form.fields)
             idempotency = Idempotency(self._key, said)
-            earlier = self.services.store.batch_of_key(None, idempotency)
+            earlier = self.services.store.batch_of_key(
+                idempotency, seen_by=self.services.caller
+            )
             if earlier is not None:
                 return earlier
         model = self._require_model()
@@ -108,6 +110,7 @@ class BatchUpload(Incoming[Batch]):
             filename=self._form.filename or "upload.jsonl",
             size_bytes=self._size_bytes,
             created_at=now,
+            owner=self.services.caller.owner,
         )
         batch = Batch(
             id=self._batch_id,
@@ -119,6 +122,7 @@ class BatchUpload(Incoming[Batch]):
             created_at=now,
             queued_at=now,
             total=summary.num_requests,
+            owner=self.services.caller.owner,
         )
         input_path, work_dir = data.input_file(input_file.id), data.work_dir(batch.id)
         self._leftovers += [input_path, work_dir, data.log_file(batch.id)]
@@ -130,7 +134,13 @@ class BatchUpload(Incoming[Batch]):
             f"submitted: {summary.num_requests} requests, {self._size_bytes} bytes, "
             f"model {model.name}"
         )
-        created = self.services.store.add_batch(batch, input_file, idempotency)
+        created = self.services.store.add_batch(
+            batch,
+            input_file,
+            idempotency,
+            seen_by=self.services.caller,
+            max_unfinished=self.services.settings.max_unfinished_batches,
+        )
         if created.id != batch.id:
             return created  # the same form went through another server, at the same time
         self._leftovers.clear()

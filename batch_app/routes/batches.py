@@ -25,11 +25,18 @@ from batch_app.core import (
 from batch_app.errors import BadRequest, Conflict
 from batch_app.files import new_id, remove_tree
 from batch_app.incoming import receive
+from batch_app.keys import Caller
 from batch_app.retry import retry_batch
 from batch_app.routes.answers import form_schema, json_answer, json_schema, refusals
 from batch_app.routes.bodies import is_json, read_json
 from batch_app.routes.openai_files import checked_file_id
-from batch_app.routes.services import Services, checked_batch_id, services
+from batch_app.routes.services import (
+    Services,
+    caller,
+    checked_batch_id,
+    note_object,
+    services,
+)
 from batch_app.uploads import BatchUpload
 from batch_app.validation import window_end
 from batch_app.wire.batches import BatchListBody, ModelListBody, batch_list_body
@@ -132,13 +139,21 @@ async def create_batch(request: Request) -> Response:
     """Create a batch: of a form with its file, or of a file uploaded before (JSON)."""
     own = services(request)
     if not is_json(request):
-        key = _key(request)
-        with own.keys_in_use.hold(None, key):
-            upload = BatchUpload(own.for_uploads, key)
+        asks, key = caller(request), _key(request)
+        if key is None:  # else it may have its batch already
+            # Before gigabytes arrive; once more when the batch is made.
+            limit = own.settings.max_unfinished_batches
+            await run_in_threadpool(own.store.require_room, asks.owner, limit)
+        with own.keys_in_use.hold(asks.owner, key):
+            upload = BatchUpload(own.for_uploads(asks), key)
             batch = await receive(upload, dict(request.headers), request.stream())
+        note_object(request, batch.id)
         return await run_in_threadpool(_answer, own, batch, None)
     wish, raw = await read_json(request, BatchCreate)
-    batch = await run_in_threadpool(_create_from_file, own, wish, _idempotency(request, raw))
+    batch = await run_in_threadpool(
+        _create_from_file, own, caller(request), wish, _idempotency(request, raw)
+    )
+    note_object(request, batch.id)
     return await run_in_threadpool(_answer, own, batch, None)
 
 
@@ -161,17 +176,19 @@ def _idempotency(request: Request, said: bytes) -> Idempotency | None:
     return None if key is None else Idempotency(key, hashlib.sha256(said).hexdigest())
 
 
-def _create_from_file(own: Services, wish: BatchCreate, idempotency: Idempotency | None) -> Batch:
+def _create_from_file(
+    own: Services, asks: Caller, wish: BatchCreate, idempotency: Idempotency | None
+) -> Batch:
     """The batch is there at once; its lines are checked in the background."""
     if idempotency is not None:
-        earlier = own.store.batch_of_key(None, idempotency)
+        earlier = own.store.batch_of_key(idempotency, seen_by=asks)
         if earlier is not None:
             return earlier
     if wish.endpoint not in _ENDPOINTS:
         raise BadRequest(f"The endpoint must be one of: {', '.join(_ENDPOINTS)}.", param="endpoint")
     now = own.clock()
     expires_at = window_end(now, wish.completion_window)
-    file = own.store.get_file(checked_file_id(wish.input_file_id))
+    file = own.store.get_file(checked_file_id(wish.input_file_id), seen_by=asks)
     if file.purpose is not FilePurpose.BATCH:
         raise BadRequest(
             f"File {file.id} has the purpose {file.purpose.value!r}; a batch needs one of the "
@@ -193,8 +210,14 @@ def _create_from_file(own: Services, wish: BatchCreate, idempotency: Idempotency
         output_expires_after_s=(
             wish.output_expires_after.seconds if wish.output_expires_after else None
         ),
+        owner=asks.owner,
     )
-    created = own.store.add_batch(batch, idempotency=idempotency)
+    created = own.store.add_batch(
+        batch,
+        idempotency=idempotency,
+        seen_by=asks,
+        max_unfinished=own.settings.max_unfinished_batches,
+    )
     if created.id == batch.id:
         BatchLog(own.data.log_file(batch.id), clock=own.clock).write(
             f"submitted: file {file.id}, {file.size_bytes} bytes, endpoint {batch.endpoint}"
@@ -224,6 +247,7 @@ def list_batches(
         limit=limit,
         after=None if after is None else checked_batch_id(after),
         statuses=None if status is None else STATUSES[status],
+        seen_by=caller(request),
     )
     return json_answer(batch_list_body(page, own.estimates(page), has_more))
 
@@ -234,7 +258,8 @@ def list_batches(
 def get_batch(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
     """How far a batch is."""
     own = services(request)
-    return _answer(own, own.store.get_batch(checked_batch_id(batch_id)), dialect)
+    batch = own.store.get_batch(checked_batch_id(batch_id), seen_by=caller(request))
+    return _answer(own, batch, dialect)
 
 
 # -- ending ----------------------------------------------------------------------------------------
@@ -250,9 +275,9 @@ def cancel_pending_batch(
     own = services(request)
     batch_id = checked_batch_id(batch_id)
     try:
-        batch = own.store.cancel_queued(batch_id, own.clock())
+        batch = own.store.cancel_queued(batch_id, own.clock(), seen_by=caller(request))
     except Conflict as conflict:
-        batch = own.store.get_batch(batch_id)
+        batch = own.store.get_batch(batch_id, seen_by=caller(request))
         if batch.is_terminal:
             raise Conflict(
                 f"Batch {batch_id} is {STATUS_NAMES[batch.status]}: there is nothing to cancel.",
@@ -276,7 +301,9 @@ def cancel_pending_batch(
 def cancel_batch(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
     """Cancel a batch, also one that runs: it ends soon after and keeps the results so far."""
     own = services(request)
-    batch = own.store.request_cancel(checked_batch_id(batch_id), own.clock())
+    batch = own.store.request_cancel(
+        checked_batch_id(batch_id), own.clock(), seen_by=caller(request)
+    )
     if batch.status is BatchStatus.CANCELLING:
         _log(own, batch, "cancel requested")
         own.housekeeping.wake()
@@ -292,12 +319,22 @@ def cancel_batch(request: Request, batch_id: str, dialect: Dialect | None = _FOR
 def retry(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) -> Response:
     """Run the requests of a finished batch that did not succeed once more, as a new batch."""
     own = services(request)
-    batch = own.store.get_batch(checked_batch_id(batch_id))
+    asks = caller(request)
+    batch = own.store.get_batch(checked_batch_id(batch_id), seen_by=asks)
     idempotency = _idempotency(request, f"retry {batch.id}".encode())
-    again = None if idempotency is None else own.store.batch_of_key(batch.owner, idempotency)
+    again = None
+    if idempotency is not None:
+        again = own.store.batch_of_key(idempotency, seen_by=asks)
     if again is None:
         again = retry_batch(
-            own.store, own.data, own.settings, own.registry, batch, own.clock(), idempotency
+            own.store,
+            own.data,
+            own.settings,
+            own.registry,
+            batch,
+            own.clock(),
+            idempotency,
+            seen_by=asks,
         )
     return _answer(own, again, dialect)
 

@@ -12,6 +12,7 @@ import orjson
 from starlette.concurrency import run_in_threadpool
 
 from batch_app.core import Batch
+from batch_app.keys import Caller
 from batch_app.routes.services import Services
 
 BLOCK_BYTES = 256 * 1024
@@ -96,7 +97,7 @@ def start_of_tail(descriptor: int, size: int, num_lines: int) -> int:
 
 
 async def follow_log(
-    own: Services, batch: Batch, path: Path, tail: int | None
+    own: Services, asks: Caller, batch: Batch, path: Path, tail: int | None
 ) -> AsyncIterator[bytes]:
     """A log, and what is added to it, until the batch has finished or the server stops."""
     position = await run_in_threadpool(_start_of_following, path, tail)
@@ -111,7 +112,7 @@ async def follow_log(
             return
         else:
             await anyio.sleep(FOLLOW_INTERVAL_S)
-            batch = await run_in_threadpool(own.store.get_batch, batch.id)
+            batch = await run_in_threadpool(own.store.get_batch, batch.id, seen_by=asks)
 
 
 def _start_of_following(path: Path, tail: int | None) -> int:

@@ -19,6 +19,7 @@ from batch_app.file_uploads import FileUpload, PartUpload, assemble, checked_pur
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.housekeeping import remove_bytes
 from batch_app.incoming import receive
+from batch_app.keys import Caller
 from batch_app.multipart import clean_filename
 from batch_app.routes.answers import (
     JSONL,
@@ -29,7 +30,7 @@ from batch_app.routes.answers import (
     refusals,
 )
 from batch_app.routes.bodies import read_json
-from batch_app.routes.services import Services, services
+from batch_app.routes.services import Services, caller, note_object, services
 from batch_app.routes.transfer import FileDownload
 from batch_app.store import require_pending
 from batch_app.wire.openai import (
@@ -94,8 +95,9 @@ def _json_body(model: type[Any]) -> dict[str, Any]:
 async def create_file(request: Request) -> Response:
     """Upload a file. Its lines are checked when a batch is made of it."""
     own = services(request)
-    upload = FileUpload(own.for_uploads)
+    upload = FileUpload(own.for_uploads(caller(request)))
     file = await receive(upload, dict(request.headers), request.stream())
+    note_object(request, file.id)
     return json_answer(file_body(own.retention.applied_to(file)))
 
 
@@ -119,6 +121,7 @@ def list_files(
         after=None if after is None else checked_file_id(after),
         purpose=wanted,
         newest_first=order == "desc",
+        seen_by=caller(request),
     )
     return json_answer(file_list_body([own.retention.applied_to(file) for file in page], has_more))
 
@@ -127,7 +130,7 @@ def list_files(
 def get_file(request: Request, file_id: str) -> Response:
     """What is known of a file."""
     own = services(request)
-    file = own.store.get_file(checked_file_id(file_id))
+    file = own.store.get_file(checked_file_id(file_id), seen_by=caller(request))
     return json_answer(file_body(own.retention.applied_to(file)))
 
 
@@ -148,7 +151,7 @@ def get_file(request: Request, file_id: str) -> Response:
 def get_content(request: Request, file_id: str) -> Response:
     """The bytes of a file."""
     own = services(request)
-    file = own.store.get_file(checked_file_id(file_id))
+    file = own.store.get_file(checked_file_id(file_id), seen_by=caller(request))
     path = _path(own.data, file)
     try:
         known = path.stat()
@@ -167,7 +170,7 @@ def get_content(request: Request, file_id: str) -> Response:
 def delete_file(request: Request, file_id: str) -> Response:
     """Delete a file. The input of a batch that has not finished stays."""
     own = services(request)
-    file = own.store.delete_file(checked_file_id(file_id), own.clock())
+    file = own.store.delete_file(checked_file_id(file_id), own.clock(), seen_by=caller(request))
     remove_bytes(own.data, own.store, file)
     return json_answer(DeletedFileBody(id=file.id))
 
@@ -181,23 +184,24 @@ def _path(data: DataDir, file: StoredFile) -> Path:
 # -- uploads ---------------------------------------------------------------------------------------
 
 
-def _upload(own: Services, upload_id: str) -> Upload:
+def _upload(own: Services, asks: Caller, upload_id: str) -> Upload:
     if not _UPLOAD_ID.fullmatch(upload_id):
         raise NotFound(f"No such upload: {upload_id[:64]!r}", param="upload_id")
-    return own.store.get_upload(upload_id, own.clock())
+    return own.store.get_upload(upload_id, own.clock(), seen_by=asks)
 
 
-def _pending_upload(own: Services, upload_id: str) -> Upload:
-    upload = _upload(own, upload_id)
+def _pending_upload(own: Services, asks: Caller, upload_id: str) -> Upload:
+    upload = _upload(own, asks, upload_id)
     require_pending(upload)
     return upload
 
 
-def _file_of(own: Services, upload: Upload) -> StoredFile | None:
+def _file_of(own: Services, asks: Caller, upload: Upload) -> StoredFile | None:
     """What a completed upload became, unless that was deleted since."""
     with suppress(NotFound):
         if upload.file_id:
-            return own.retention.applied_to(own.store.get_file(upload.file_id))
+            file = own.store.get_file(upload.file_id, seen_by=asks)
+            return own.retention.applied_to(file)
     return None
 
 
@@ -227,8 +231,10 @@ async def create_upload(request: Request) -> Response:
         created_at=now,
         expires_at=now + UPLOAD_LIFE,
         file_expires_after_s=wish.expires_after.seconds if wish.expires_after else None,
+        owner=caller(request).owner,
     )
     await run_in_threadpool(own.store.add_upload, upload)
+    note_object(request, upload.id)
     return json_answer(upload_body(upload))
 
 
@@ -238,8 +244,9 @@ async def create_upload(request: Request) -> Response:
 def get_upload(request: Request, upload_id: str) -> Response:
     """What is known of an upload. Our own addition."""
     own = services(request)
-    upload = _upload(own, upload_id)
-    return json_answer(upload_body(upload, _file_of(own, upload)))
+    asks = caller(request)
+    upload = _upload(own, asks, upload_id)
+    return json_answer(upload_body(upload, _file_of(own, asks, upload)))
 
 
 @uploads_router.get(
@@ -250,7 +257,9 @@ def get_upload(request: Request, upload_id: str) -> Response:
 def list_parts(request: Request, upload_id: str) -> Response:
     """The parts that have arrived: whoever was cut off sends the others. Our own addition."""
     own = services(request)
-    return json_answer(part_list_body(own.store.get_parts(_upload(own, upload_id).id)))
+    asks = caller(request)
+    upload = _upload(own, asks, upload_id)
+    return json_answer(part_list_body(own.store.get_parts(upload.id, seen_by=asks)))
 
 
 @uploads_router.post(
@@ -262,12 +271,14 @@ def list_parts(request: Request, upload_id: str) -> Response:
 async def add_part(request: Request, upload_id: str) -> Response:
     """Add a part, of at most 64 MiB. Parts may arrive in any order, and side by side."""
     own = services(request)
-    upload = await run_in_threadpool(_pending_upload, own, upload_id)
+    upload = await run_in_threadpool(_pending_upload, own, caller(request), upload_id)
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > MAX_PART_BYTES + (1 << 16):
         raise TooLarge(f"A part has at most {MAX_PART_BYTES} bytes.", param="data")
     part: UploadPart = await receive(
-        PartUpload(own.for_uploads, upload), dict(request.headers), request.stream()
+        PartUpload(own.for_uploads(caller(request)), upload),
+        dict(request.headers),
+        request.stream(),
     )
     return json_answer(part_body(part))
 
@@ -282,16 +293,16 @@ async def complete_upload(request: Request, upload_id: str) -> Response:
     """Put the parts together, in the order of `part_ids`."""
     own = services(request)
     wish, _ = await read_json(request, UploadComplete)
-    return json_answer(await run_in_threadpool(_complete, own, upload_id, wish))
+    return json_answer(await run_in_threadpool(_complete, own, caller(request), upload_id, wish))
 
 
-def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody:
-    upload = _upload(own, upload_id)
+def _complete(own: Services, asks: Caller, upload_id: str, wish: UploadComplete) -> UploadBody:
+    upload = _upload(own, asks, upload_id)
     if upload.status is UploadStatus.COMPLETED:
         # Asked again because the first answer was lost: it is the same file.
-        return upload_body(upload, _file_of(own, upload))
+        return upload_body(upload, _file_of(own, asks, upload))
     require_pending(upload)
-    known = {part.id: part for part in own.store.get_parts(upload.id)}
+    known = {part.id: part for part in own.store.get_parts(upload.id, seen_by=asks)}
     unknown = next((part_id for part_id in wish.part_ids if part_id not in known), None)
     if unknown is not None:
         raise BadRequest(f"No such part of this upload: {unknown[:64]!r}", param="part_ids")
@@ -302,13 +313,13 @@ def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody
         file = assemble(own.data, upload, parts, md5=wish.md5, now=own.clock())
     except FileNotFoundError:
         # It ended meanwhile, most likely.
-        require_pending(_upload(own, upload_id))
+        require_pending(_upload(own, asks, upload_id))
         raise Conflict(
             f"Parts of {upload_id} are gone: begin a new upload.", code="upload_not_pending"
         ) from None
     completed = False
     try:
-        upload = own.store.complete_upload(upload.id, file)
+        upload = own.store.complete_upload(upload.id, file, seen_by=asks)
         completed = True
     finally:
         if not completed:
@@ -325,6 +336,7 @@ def _complete(own: Services, upload_id: str, wish: UploadComplete) -> UploadBody
 def cancel_upload(request: Request, upload_id: str) -> Response:
     """Give an upload up, and remove its parts."""
     own = services(request)
-    upload = own.store.cancel_upload(_upload(own, upload_id).id)
+    asks = caller(request)
+    upload = own.store.cancel_upload(_upload(own, asks, upload_id).id, seen_by=asks)
     remove_tree(own.data.upload_dir(upload.id))
     return json_answer(upload_body(upload))

@@ -20,7 +20,7 @@ from batch_app.routes.downloads import (
     log_blocks,
     selected,
 )
-from batch_app.routes.services import Services, checked_batch_id, services
+from batch_app.routes.services import Services, caller, checked_batch_id, services
 from batch_app.routes.transfer import FileDownload, streamed
 from batch_app.wire.native import STATUS_NAMES
 
@@ -31,7 +31,7 @@ MAX_TAIL_LINES = 100_000
 
 def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
     own = services(request)
-    return own, own.store.get_batch(checked_batch_id(batch_id))
+    return own, own.store.get_batch(checked_batch_id(batch_id), seen_by=caller(request))
 
 
 @router.head("/v1/batches/{batch_id}/results", include_in_schema=False)
@@ -64,7 +64,7 @@ def get_results(
         if lines is not None:
             headers["x-results-complete"] = "false"
             return streamed(request, in_blocks(selected(lines, wanted)), headers, JSONL)
-        batch = own.store.get_batch(batch.id)
+        batch = own.store.get_batch(batch.id, seen_by=caller(request))
     path = own.data.results_file(batch)
     try:
         known = path.stat()
@@ -128,6 +128,6 @@ def get_logs(
     path = own.data.log_file(batch.id)
     headers = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
     if follow:
-        content = follow_log(own, batch, path, tail)
+        content = follow_log(own, caller(request), batch, path, tail)
         return StreamingResponse(content, headers=headers, media_type="text/plain")
     return StreamingResponse(log_blocks(path, tail), headers=headers, media_type="text/plain")

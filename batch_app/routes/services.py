@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,6 +13,8 @@ from threading import Event
 from anyio import CapacityLimiter
 from starlette.requests import Request
 
+from batch_app.access import Access
+from batch_app.audit import AuditLog
 from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.config import Settings
@@ -22,6 +25,7 @@ from batch_app.files import DataDir, new_id
 from batch_app.housekeeping import Housekeeping
 from batch_app.idempotency import KeysInUse
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
+from batch_app.keys import Caller
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
 from batch_app.store import Store
@@ -30,6 +34,7 @@ from batch_app.validation import Validation
 #: Another server may have left something to do; one's own wakes at once.
 VALIDATION_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 1.0
+NOTE_KEY_USES_EVERY_S = 60.0
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
 _WAITING = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
 
@@ -50,6 +55,7 @@ class Services:
         default_factory=lambda: CapacityLimiter(MAX_BUSY_UPLOADS)
     )
     started_at: datetime = field(default_factory=utc_now)
+    _uploads_under_way: Counter[str | None] = field(default_factory=Counter)
     _holder: str = field(default_factory=lambda: new_id("server"))
 
     @classmethod
@@ -68,15 +74,35 @@ class Services:
         benchmarks.all()
         return cls(settings, data, store, registry, benchmarks)
 
-    @property
-    def for_uploads(self) -> UploadServices:
+    def for_uploads(self, caller: Caller) -> UploadServices:
         return UploadServices(
-            self.settings, self.data, self.store, self.registry, self.upload_limiter, self.clock
+            self.settings,
+            self.data,
+            self.store,
+            self.registry,
+            self.upload_limiter,
+            self.clock,
+            caller,
+            self._uploads_under_way,
         )
 
     @cached_property
     def retention(self) -> Retention:
         return Retention.of(self.settings)
+
+    @cached_property
+    def access(self) -> Access:
+        """Who may come in."""
+        return Access(self.settings, self.data, self.store, self.clock)
+
+    @cached_property
+    def audit(self) -> AuditLog:
+        return AuditLog(self.data.audit_file, self.settings.audit_max_bytes, clock=self.clock)
+
+    @cached_property
+    def key_uses(self) -> BackgroundThread:
+        """Notes when keys were last used. Started and stopped with the app."""
+        return BackgroundThread("keys", self.access.note_uses, NOTE_KEY_USES_EVERY_S)
 
     @cached_property
     def validation(self) -> BackgroundThread:
@@ -148,6 +174,18 @@ def services(request: Request) -> Services:
     found = request.app.state.services
     assert isinstance(found, Services)
     return found
+
+
+def caller(request: Request) -> Caller:
+    """Who asks, as `Authentication` has found out."""
+    found = request.state.caller
+    assert isinstance(found, Caller)
+    return found
+
+
+def note_object(request: Request, object_id: str) -> None:
+    """Tell the audit log what this request made."""
+    request.state.made = object_id
 
 
 def checked_batch_id(batch_id: str) -> str:

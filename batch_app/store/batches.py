@@ -19,10 +19,12 @@ from batch_app.core import (
     StoredFile,
 )
 from batch_app.database import batches, files, idempotency_keys, workers
-from batch_app.errors import Conflict, IdempotencyMismatch, LeaseLost, NotFound
+from batch_app.errors import Conflict, IdempotencyMismatch, LeaseLost, NotFound, TooMany
+from batch_app.keys import EVERYBODY, Caller
 from batch_app.store.files import insert_file, insert_files
 from batch_app.store.rows import batch_values, progress_values, to_batch
 from batch_app.store.transactions import Transactions
+from batch_app.store.visibility import visible
 
 #: States in which a batch belongs to a worker, or to the next one when its lease has run out.
 LEASED = (BatchStatus.RUNNING, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
@@ -47,42 +49,54 @@ class BatchStore(Transactions):
         batch: Batch,
         input_file: StoredFile | None = None,
         idempotency: Idempotency | None = None,
+        *,
+        seen_by: Caller = EVERYBODY,
+        max_unfinished: int = 0,
     ) -> Batch:
         """Insert a batch, and with it its input file if that is new: both, or neither.
 
         With a key that was used before for the same request, that request's batch is returned and
-        nothing is inserted.
+        nothing is inserted. `max_unfinished`: of the batch's owner; 0 means no limit.
 
         Raises:
             IdempotencyMismatch: the key was used before for another request.
-            NotFound: the input file was deleted meanwhile.
+            NotFound: the input file was deleted meanwhile, or is another's.
+            TooMany: its owner has too many batches that have not finished.
         """
         with self._write() as connection:
             if idempotency is not None:
-                earlier = _earlier_batch(connection, batch.owner or "", idempotency)
+                earlier = _earlier_batch(connection, seen_by, idempotency)
                 if earlier is not None:
-                    return get_batch(connection, earlier)
+                    return get_batch(connection, earlier, seen_by)
+            _require_room(connection, batch.owner, max_unfinished)
             if input_file is not None:
                 insert_file(connection, input_file)
-            elif not _has_file(connection, batch.input_file_id):
+            elif not _has_file(connection, batch.input_file_id, seen_by):
                 raise NotFound(f"No such file: {batch.input_file_id}", param="input_file_id")
             connection.execute(insert(batches).values(batch_values(batch)))
             if idempotency is not None:
                 connection.execute(
                     insert(idempotency_keys).values(
                         **asdict(idempotency),
-                        owner=batch.owner or "",
+                        owner=seen_by.owner or "",
                         batch_id=batch.id,
                         created_at=batch.created_at,
                     )
                 )
         return batch
 
-    def batch_of_key(self, owner: str | None, idempotency: Idempotency) -> Batch | None:
-        """The batch that this key stands for, if it was used. Raises IdempotencyMismatch."""
+    def require_room(self, owner: str | None, max_unfinished: int) -> None:
+        """Raises TooMany where `add_batch` would."""
         with self._read() as connection:
-            earlier = _earlier_batch(connection, owner or "", idempotency)
-            return get_batch(connection, earlier) if earlier else None
+            _require_room(connection, owner, max_unfinished)
+
+    def batch_of_key(
+        self, idempotency: Idempotency, *, seen_by: Caller = EVERYBODY
+    ) -> Batch | None:
+        """The batch that the caller's key stands for, if used. Raises IdempotencyMismatch."""
+        with self._read() as connection:
+            earlier = _earlier_batch(connection, seen_by, idempotency)
+            return get_batch(connection, earlier, seen_by) if earlier else None
 
     def forget_keys(self, before: datetime) -> int:
         """Forget idempotency keys that were used before this time. Returns how many."""
@@ -97,10 +111,10 @@ class BatchStore(Transactions):
         with self._write() as connection:
             return int(connection.execute(idempotency_keys.delete().where(old)).rowcount)
 
-    def get_batch(self, batch_id: str) -> Batch:
-        """Raises NotFound."""
+    def get_batch(self, batch_id: str, *, seen_by: Caller = EVERYBODY) -> Batch:
+        """Raises NotFound, also for one that is another's."""
         with self._read() as connection:
-            return get_batch(connection, batch_id)
+            return get_batch(connection, batch_id, seen_by)
 
     def list_batches(
         self,
@@ -108,17 +122,20 @@ class BatchStore(Transactions):
         limit: int,
         after: str | None = None,
         statuses: Sequence[BatchStatus] | None = None,
+        seen_by: Caller = EVERYBODY,
     ) -> tuple[list[Batch], bool]:
         """Batches, newest first, and whether there are more.
 
         `after` is the id of the last batch of the page before. Raises NotFound if it is unknown.
         """
         query = select(batches).order_by(batches.c.seq.desc()).limit(limit + 1)
+        query = visible(query, batches, seen_by)
         if statuses is not None:
             query = query.where(batches.c.status.in_([status.value for status in statuses]))
         with self._read() as connection:
             if after is not None:
-                seq = connection.scalar(select(batches.c.seq).where(batches.c.id == after))
+                place = select(batches.c.seq).where(batches.c.id == after)
+                seq = connection.scalar(visible(place, batches, seen_by))
                 if seq is None:
                     raise NotFound(f"No such batch: {after}", param="after")
                 query = query.where(batches.c.seq < seq)
@@ -154,7 +171,7 @@ class BatchStore(Transactions):
 
     # -- changes of state ----------------------------------------------------------------------
 
-    def cancel_queued(self, batch_id: str, now: datetime) -> Batch:
+    def cancel_queued(self, batch_id: str, now: datetime, *, seen_by: Caller = EVERYBODY) -> Batch:
         """Cancel a batch that no worker has begun, with nothing to publish.
 
         Raises:
@@ -162,7 +179,7 @@ class BatchStore(Transactions):
             Conflict: it isn't waiting any more.
         """
         with self._write() as connection:
-            batch = get_batch(connection, batch_id, for_update=True)
+            batch = get_batch(connection, batch_id, seen_by, for_update=True)
             if batch.status not in NOT_BEGUN:
                 raise Conflict(
                     f"Batch {batch_id} is {batch.status.value}, no longer waiting.",
@@ -171,7 +188,7 @@ class BatchStore(Transactions):
             batch = change_state(connection, batch, BatchStatus.CANCELLING, now)
             return change_state(connection, batch, BatchStatus.CANCELLED, now)
 
-    def request_cancel(self, batch_id: str, now: datetime) -> Batch:
+    def request_cancel(self, batch_id: str, now: datetime, *, seen_by: Caller = EVERYBODY) -> Batch:
         """Ask whoever has this batch to end it; it is `cancelling` until they have.
 
         Raises:
@@ -179,7 +196,7 @@ class BatchStore(Transactions):
             Conflict: it has finished.
         """
         with self._write() as connection:
-            batch = get_batch(connection, batch_id, for_update=True)
+            batch = get_batch(connection, batch_id, seen_by, for_update=True)
             if batch.status in (BatchStatus.CANCELLING, BatchStatus.CANCELLED):
                 return batch  # doing it twice is harmless
             if batch.status in TERMINAL:
@@ -216,9 +233,15 @@ class BatchStore(Transactions):
             return changed
 
 
-def get_batch(connection: Connection, batch_id: str, *, for_update: bool = False) -> Batch:
+def get_batch(
+    connection: Connection,
+    batch_id: str,
+    seen_by: Caller = EVERYBODY,
+    *,
+    for_update: bool = False,
+) -> Batch:
     """Within the caller's transaction. Raises NotFound."""
-    query = select(batches).where(batches.c.id == batch_id)
+    query = visible(select(batches).where(batches.c.id == batch_id), batches, seen_by)
     row = connection.execute(query.with_for_update() if for_update else query).first()
     if row is None:
         raise NotFound(f"No such batch: {batch_id}", param="batch_id")
@@ -250,10 +273,31 @@ def change_state(
     return get_batch(connection, batch.id)
 
 
-def _earlier_batch(connection: Connection, owner: str, idempotency: Idempotency) -> str | None:
+def _require_room(connection: Connection, owner: str | None, max_unfinished: int) -> None:
+    if max_unfinished == 0:
+        return
+    unfinished = [status.value for status in BatchStatus if status not in TERMINAL]
+    query = (
+        select(func.count())
+        .select_from(batches)
+        .where(batches.c.status.in_(unfinished))
+        .where(batches.c.owner == owner)
+    )
+    if (connection.scalar(query) or 0) >= max_unfinished:
+        # Not repeatable: a batch takes longer than any client waits, and each time all is sent.
+        raise TooMany(
+            f"You have {max_unfinished} batches that have not finished "
+            "(max_unfinished_batches). Wait for one to end, or cancel one.",
+            code="too_many_batches",
+            retry_after_s=60,
+            repeatable=False,
+        )
+
+
+def _earlier_batch(connection: Connection, seen_by: Caller, idempotency: Idempotency) -> str | None:
     row = connection.execute(
         select(idempotency_keys.c.fingerprint, idempotency_keys.c.batch_id)
-        .where(idempotency_keys.c.owner == owner)
+        .where(idempotency_keys.c.owner == (seen_by.owner or ""))
         .where(idempotency_keys.c.key == idempotency.key)
     ).first()
     if row is None:
@@ -266,6 +310,6 @@ def _earlier_batch(connection: Connection, owner: str, idempotency: Idempotency)
     return batch_id
 
 
-def _has_file(connection: Connection, file_id: str) -> bool:
+def _has_file(connection: Connection, file_id: str, seen_by: Caller) -> bool:
     query = select(files.c.id).where(files.c.id == file_id).where(files.c.deleted_at.is_(None))
-    return connection.scalar(query) is not None
+    return connection.scalar(visible(query, files, seen_by)) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from typing import Any
 
 from sqlalchemy import Select, and_, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
@@ -19,8 +20,10 @@ from batch_app.core import (
 )
 from batch_app.database import batches, files, upload_parts, uploads
 from batch_app.errors import Conflict, NotFound
+from batch_app.keys import EVERYBODY, Caller
 from batch_app.store.rows import to_file, to_upload
 from batch_app.store.transactions import Transactions
+from batch_app.store.visibility import visible
 
 
 class FileStore(Transactions):
@@ -28,10 +31,10 @@ class FileStore(Transactions):
         with self._write() as connection:
             insert_file(connection, file)
 
-    def get_file(self, file_id: str) -> StoredFile:
-        """Raises NotFound, also for a deleted one."""
+    def get_file(self, file_id: str, *, seen_by: Caller = EVERYBODY) -> StoredFile:
+        """Raises NotFound, also for a deleted one, and for one that is another's."""
         with self._read() as connection:
-            return _get_file(connection, file_id)
+            return _get_file(connection, file_id, seen_by)
 
     def list_files(
         self,
@@ -40,6 +43,7 @@ class FileStore(Transactions):
         after: str | None = None,
         purpose: FilePurpose | None = None,
         newest_first: bool = True,
+        seen_by: Caller = EVERYBODY,
     ) -> tuple[list[StoredFile], bool]:
         """A page of files, and whether there are more. `after`: the last id of the page before.
 
@@ -47,18 +51,22 @@ class FileStore(Transactions):
         """
         order = files.c.seq.desc() if newest_first else files.c.seq.asc()
         query = select(files).where(files.c.deleted_at.is_(None)).order_by(order).limit(limit + 1)
+        query = visible(query, files, seen_by)
         if purpose is not None:
             query = query.where(files.c.purpose == purpose.value)
         with self._read() as connection:
             if after is not None:
-                seq = connection.scalar(select(files.c.seq).where(files.c.id == after))
+                place = select(files.c.seq).where(files.c.id == after)
+                seq = connection.scalar(visible(place, files, seen_by))
                 if seq is None:
                     raise NotFound(f"No such file: {after}", param="after")
                 query = query.where(files.c.seq < seq if newest_first else files.c.seq > seq)
             rows = connection.execute(query).all()
         return [to_file(row) for row in rows[:limit]], len(rows) > limit
 
-    def delete_file(self, file_id: str, now: datetime) -> StoredFile:
+    def delete_file(
+        self, file_id: str, now: datetime, *, seen_by: Caller = EVERYBODY
+    ) -> StoredFile:
         """Mark a file as deleted; removing its bytes is the caller's next step.
 
         Raises:
@@ -66,12 +74,12 @@ class FileStore(Transactions):
             Conflict: a batch that hasn't finished needs it.
         """
         with self._write() as connection:
-            file = _get_file(connection, file_id)
-            batch_id = connection.scalar(_unfinished_batch_of(file_id))
+            file = _get_file(connection, file_id, seen_by)
+            batch_id: str | None = connection.scalar(_unfinished_batch_of(file_id))
             if batch_id is not None:
                 raise Conflict(
-                    f"File {file_id} is the input of {batch_id}, which has not finished. "
-                    "Cancel that batch first, or wait for its end.",
+                    f"File {file_id} is the input of {_named(connection, batch_id, seen_by)}, "
+                    "which has not finished. Cancel that batch first, or wait for its end.",
                     code="file_in_use",
                 )
             connection.execute(update(files).where(files.c.id == file_id).values(deleted_at=now))
@@ -125,10 +133,10 @@ class FileStore(Transactions):
         with self._write() as connection:
             connection.execute(insert(uploads).values(values))
 
-    def get_upload(self, upload_id: str, now: datetime) -> Upload:
+    def get_upload(self, upload_id: str, now: datetime, *, seen_by: Caller = EVERYBODY) -> Upload:
         """Raises NotFound. One that ran out of time is `expired` from then on."""
         with self._read() as connection:
-            upload = _get_upload(connection, upload_id)
+            upload = _get_upload(connection, upload_id, seen_by)
         if upload.status is UploadStatus.PENDING and upload.expires_at < now:
             return self._end_upload(upload_id, UploadStatus.EXPIRED)
         return upload
@@ -139,13 +147,15 @@ class FileStore(Transactions):
             require_pending(_get_upload(connection, part.upload_id, for_update=True))
             connection.execute(insert(upload_parts).values(asdict(part)))
 
-    def get_parts(self, upload_id: str) -> list[UploadPart]:
+    def get_parts(self, upload_id: str, *, seen_by: Caller = EVERYBODY) -> list[UploadPart]:
         """The parts of an upload, in order of arrival."""
         query = (
             select(upload_parts)
             .where(upload_parts.c.upload_id == upload_id)
             .order_by(upload_parts.c.created_at, upload_parts.c.id)
         )
+        if not seen_by.sees_all:
+            query = visible(query.join(uploads), uploads, seen_by)
         with self._read() as connection:
             return [UploadPart(**row._mapping) for row in connection.execute(query)]
 
@@ -157,10 +167,12 @@ class FileStore(Transactions):
         with self._read() as connection:
             return int(connection.scalar(query) or 0)
 
-    def complete_upload(self, upload_id: str, file: StoredFile) -> Upload:
+    def complete_upload(
+        self, upload_id: str, file: StoredFile, *, seen_by: Caller = EVERYBODY
+    ) -> Upload:
         """Turn an upload into its file, in one step. Raises NotFound, Conflict."""
         with self._write() as connection:
-            require_pending(_get_upload(connection, upload_id, for_update=True))
+            require_pending(_get_upload(connection, upload_id, seen_by, for_update=True))
             insert_file(connection, file)
             connection.execute(
                 update(uploads)
@@ -169,10 +181,10 @@ class FileStore(Transactions):
             )
             return _get_upload(connection, upload_id)
 
-    def cancel_upload(self, upload_id: str) -> Upload:
+    def cancel_upload(self, upload_id: str, *, seen_by: Caller = EVERYBODY) -> Upload:
         """Raises NotFound, Conflict. Cancelling twice is harmless."""
         with self._read() as connection:
-            upload = _get_upload(connection, upload_id)
+            upload = _get_upload(connection, upload_id, seen_by)
         if upload.status is UploadStatus.CANCELLED:
             return upload
         return self._end_upload(upload_id, UploadStatus.CANCELLED)
@@ -209,15 +221,15 @@ def insert_files(connection: Connection, new_files: Sequence[StoredFile]) -> Non
         insert_file(connection, file)
 
 
-def _get_file(connection: Connection, file_id: str) -> StoredFile:
+def _get_file(connection: Connection, file_id: str, seen_by: Caller) -> StoredFile:
     query = select(files).where(files.c.id == file_id).where(files.c.deleted_at.is_(None))
-    row = connection.execute(query).first()
+    row = connection.execute(visible(query, files, seen_by)).first()
     if row is None:
         raise NotFound(f"No such file: {file_id}", param="file_id")
     return to_file(row)
 
 
-def _unfinished_batch_of(file_id: str) -> Select[tuple[str]]:
+def _unfinished_batch_of(file_id: str) -> Select[Any]:
     return (
         select(batches.c.id)
         .where(batches.c.input_file_id == file_id)
@@ -226,8 +238,14 @@ def _unfinished_batch_of(file_id: str) -> Select[tuple[str]]:
     )
 
 
-def _get_upload(connection: Connection, upload_id: str, *, for_update: bool = False) -> Upload:
-    query = select(uploads).where(uploads.c.id == upload_id)
+def _get_upload(
+    connection: Connection,
+    upload_id: str,
+    seen_by: Caller = EVERYBODY,
+    *,
+    for_update: bool = False,
+) -> Upload:
+    query = visible(select(uploads).where(uploads.c.id == upload_id), uploads, seen_by)
     row = connection.execute(query.with_for_update() if for_update else query).first()
     if row is None:
         raise NotFound(f"No such upload: {upload_id}", param="upload_id")
@@ -241,3 +259,9 @@ def require_pending(upload: Upload) -> None:
             f"Upload {upload.id} is {upload.status.value}: begin a new one.",
             code="upload_not_pending",
         )
+
+
+def _named(connection: Connection, batch_id: str, seen_by: Caller) -> str:
+    """The id of a batch, for those who may know it: who sees all may run others' files."""
+    query = visible(select(batches.c.id).where(batches.c.id == batch_id), batches, seen_by)
+    return batch_id if connection.scalar(query) else "a batch"

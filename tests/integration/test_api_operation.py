@@ -28,7 +28,7 @@ def test_health(api: Api) -> None:
 def test_database_that_does_not_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     batch_id = api.submitted()
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise StoreUnavailable("password of the database")
 
     monkeypatch.setattr(api.store, "ping", refuse)
@@ -66,7 +66,7 @@ def test_request_ids(api: Api) -> None:
 def test_an_unforeseen_exception_shows_nothing(
     api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def burst(*_: Any) -> None:
+    def burst(*_: Any, **__: Any) -> None:
         raise ValueError("secret")
 
     monkeypatch.setattr(api.store, "get_batch", burst)
@@ -166,7 +166,7 @@ def test_open_to_others_when_told_so(start_server_process: Callable[..., ServerP
     )
 
     assert answer.status_code == 200
-    assert "No API keys" in server.output
+    assert "--no-auth: nobody is asked" in server.output
     assert server.end() == 0
 
 

@@ -1,0 +1,156 @@
+"""Every request has a caller: found by its API key, or everybody where there are no keys.
+
+Stands before all routes and knows none: what isn't listed as open asks for a key, so that a route
+that somebody adds is closed until it is opened here. Nothing of a body is read before.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from batch_app.access import Access
+from batch_app.errors import (
+    BatchAppError,
+    Forbidden,
+    StoreUnavailable,
+    Unauthenticated,
+)
+from batch_app.keys import EVERYBODY, Caller
+from batch_app.keys import Scope as KeyScope
+from batch_app.routes.errors import answer
+
+logger = logging.getLogger(__name__)
+
+#: What answers anybody: probes, which tell of nobody's work, and pages that are everywhere alike.
+OPEN_PATHS = frozenset(
+    {
+        "/livez",
+        "/readyz",
+        "/health",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/openapi.json",
+    }
+)
+OPEN_FOLDER = "/static-offline-docs/"
+#: What tells of everybody's work.
+ADMIN_PATHS = frozenset({"/metrics"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+NOBODY = Caller(owner=None, sees_all=False, scopes=frozenset())
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def scopes_for(method: str, path: str) -> tuple[KeyScope, ...]:
+    """What a key has to have for this."""
+    needed = KeyScope.READ if method in SAFE_METHODS else KeyScope.WRITE
+    return (needed, KeyScope.ADMIN) if path in ADMIN_PATHS else (needed,)
+
+
+class Authentication:
+    """Puts the caller into `scope["state"]`, or refuses. A key that is revoked ends, at its next
+    piece, also what is under way with it."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["caller"] = NOBODY
+        if is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        try:
+            token = await self._token(scope)
+            if token is not None:
+                state["caller"] = await self._caller(token)
+                _require_scopes(state["caller"], scope)
+        except BatchAppError as error:
+            if isinstance(error, Unauthenticated):
+                state["refused_key_id"] = error.key_id
+            await answer(error)(scope, receive, send)
+            return
+        if token is None:
+            state["caller"] = EVERYBODY
+            await self._app(scope, receive, send)
+        else:
+            await self._serve(token, scope, receive, send)
+
+    async def _token(self, scope: Scope) -> str | None:
+        """The key that was sent; None where none is asked for. Raises Unauthenticated."""
+        required = self._access.is_required_here()
+        if required is None:
+            required = await run_in_threadpool(self._access.is_required)
+        if not required:
+            return None
+        sent = Headers(scope=scope).getlist("authorization")
+        kind, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
+        if kind.lower() != "bearer" or not token.strip():
+            raise Unauthenticated(
+                "This server asks for an API key: send it as `Authorization: Bearer KEY`, or as "
+                "the api_key of the OpenAI SDK. Whoever runs the server makes one with "
+                "`vllm-batch keys create NAME`.",
+                is_missing=True,
+            )
+        return token.strip()
+
+    async def _caller(self, token: str) -> Caller:
+        found = self._access.caller_here(token)
+        if found is not None:
+            return found
+        return await run_in_threadpool(self._access.caller, token)
+
+    async def _serve(self, token: str, scope: Scope, receive: Receive, send: Send) -> None:
+        cut_off = False
+
+        async def receive_while_good() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                await self._require_good(token)
+            return message
+
+        async def send_while_good(message: Message) -> None:
+            nonlocal cut_off
+            if message["type"] == "http.response.body" and message.get("more_body"):
+                try:
+                    await self._require_good(token)
+                except Unauthenticated:
+                    cut_off = True  # there is no way left to say why
+                    raise
+            await send(message)
+
+        try:
+            await self._app(scope, receive_while_good, send_while_good)
+        except Exception:
+            if not cut_off:
+                raise
+            logger.info("An answer was cut off: its API key is good no more.")
+
+    async def _require_good(self, token: str) -> None:
+        """Raises Unauthenticated. A store that does not answer ends nothing that has begun."""
+        if self._access.caller_here(token) is None:
+            try:
+                await run_in_threadpool(self._access.caller, token)
+            except StoreUnavailable:
+                return
+
+
+def _require_scopes(caller: Caller, scope: Scope) -> None:
+    for needed in scopes_for(scope["method"], scope["path"]):
+        if needed not in caller.scopes:
+            raise Forbidden(
+                f"This API key lacks the scope {needed.value!r}, which "
+                f"{scope['method']} {scope['path'][:200]} needs.",
+                scope=needed.value,
+            )
