@@ -56,7 +56,7 @@ class Belongings:
 
     def file(self) -> str:
         form = {
-            "files": {"file": ("in.jsonl", jsonl([line("a"), line("b", "tiny-context")]))},
+            "files": {"file": ("in.jsonl", jsonl([line("a"), line("b", "tiny-context", "one two three four")]))},
             "data": {"purpose": "batch"},
         }
         return str(self.person.made("/v1/files", **form)["id"])
