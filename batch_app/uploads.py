@@ -75,9 +75,7 @@ class BatchUpload(Incoming[Batch]):
         if self._key is not None:
             said = self._fingerprint.with_fields(self._form.fields)
             idempotency = Idempotency(self._key, said)
-            earlier = self.services.store.batch_of_key(
-                idempotency, seen_by=self.services.caller
-            )
+            earlier = self.services.store.batch_of_key(idempotency, seen_by=self.services.caller)
             if earlier is not None:
                 return earlier
         model = self._require_model()

@@ -56,7 +56,12 @@ class Belongings:
 
     def file(self) -> str:
         form = {
-            "files": {"file": ("in.jsonl", jsonl([line("a"), line("b", "tiny-context", "one two three four")]))},
+            "files": {
+                "file": (
+                    "in.jsonl",
+                    jsonl([line("a"), line("b", "tiny-context", "one two three four")]),
+                )
+            },
             "data": {"purpose": "batch"},
         }
         return str(self.person.made("/v1/files", **form)["id"])
