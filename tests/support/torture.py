@@ -113,7 +113,7 @@ REFUSED: dict[str, bytes] = {
 }
 
 TAKEN: dict[str, bytes] = {
-    "blanks everywhere": b' { "custom_id" : "%b" , "body" : { "messages" : [ { "role" : "user" } ] } } ',
+    "blanks": b' { "custom_id" : "%b" , "body" : { "messages" : [ { "role" : "user" } ] } } ',
     "tabs": good("%b").replace(b":", b"\t:\t"),
     "carriage return after": good("%b") + b"\r",
     "the last n is good": good("%b", b',"n":"x","n":1'),

@@ -24,8 +24,7 @@ FORMS = sorted((CORPUS / "forms").iterdir())
 def plain(raw: bytes) -> RequestLine | None:
     try:
         return LineParser().parse_plain(raw)
-    except LineProblem as problem:
-        assert problem.message
+    except LineProblem:
         return None
 
 
@@ -78,9 +77,10 @@ def test_damaged_lines_of_the_corpus(raw: bytes, data: st.DataObject) -> None:
 # -- the wire layer ----------------------------------------------------------------------------
 
 
-def take_form(
-    body: bytes, cuts: list[int], content_type: str = "multipart/form-data; boundary=b"
-) -> None:
+PLAIN_FORM = "multipart/form-data; boundary=b"
+
+
+def take_form(body: bytes, cuts: list[int], content_type: str = PLAIN_FORM) -> None:
     """Only BadRequest may come of it."""
     with suppress(BadRequest):
         form = Form(
@@ -129,7 +129,7 @@ def test_any_form(body: bytes, cuts: list[int]) -> None:
     take_form(body, cuts)
 
 
-@given(st.text(max_size=60))
+@given(st.text(st.characters(max_codepoint=255), max_size=60))  # As headers are decoded.
 def test_any_content_type(content_type: str) -> None:
     take_form(b"--b--\r\n", [], content_type)
     take_form(b"--b--\r\n", [], f"multipart/form-data; boundary={content_type}")
