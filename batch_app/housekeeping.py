@@ -15,27 +15,22 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from batch_app.batch_log import BatchLog
+from batch_app.closing import close_with_results_so_far
 from batch_app.config import Settings
 from batch_app.core import (
-    Batch,
     BatchStatus,
     FilePurpose,
-    Progress,
     StoredFile,
     UploadStatus,
     utc_now,
 )
-from batch_app.errors import BadLines, Conflict, IndexUnreadable, LeaseLost, NotFound
+from batch_app.errors import Conflict, LeaseLost, NotFound
 from batch_app.files import DataDir, remove_tree
-from batch_app.finalize import CANCELLED, EXPIRED, Published, Unfinished, publish
-from batch_app.index import Index
-from batch_app.intake import index_file
+from batch_app.finalize import CANCELLED, EXPIRED
 from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
-from batch_app.results import ResultsLog
 from batch_app.retention import Retention
 from batch_app.store import Store
-from batch_app.validation import intake_rules
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +68,15 @@ class Housekeeping:
         to, unfinished = BatchStatus.EXPIRED, EXPIRED
         if batch.status is BatchStatus.CANCELLING:
             to, unfinished = BatchStatus.CANCELLED, CANCELLED
-        published, progress = self._publish(batch, unfinished)
+        closed = close_with_results_so_far(
+            batch,
+            unfinished,
+            data=self.data,
+            settings=self.settings,
+            registry=self.registry,
+            now=self.clock(),
+        )
+        published, progress = closed.published, closed.progress
         with suppress(LeaseLost, Conflict):
             self.store.transition(
                 batch,
@@ -90,32 +93,6 @@ class Housekeeping:
             )
             remove_tree(self.data.work_dir(batch.id))
         return True
-
-    def _publish(self, batch: Batch, unfinished: Unfinished) -> tuple[Published, Progress]:
-        """A line for every request; nothing where the lines were never checked."""
-        index = self._index(batch)
-        if index is None:
-            return Published(None, None), batch.progress
-        log = ResultsLog(self.data.work_dir(batch.id), len(index), batch.epoch)
-        try:
-            published = publish(self.data, batch, index, log, unfinished, self.clock())
-            return published, log.progress
-        finally:
-            log.close()
-
-    def _index(self, batch: Batch) -> Index | None:
-        if batch.queued_at is None:
-            return None
-        folder = self.data.work_dir(batch.id)
-        with suppress(IndexUnreadable):
-            return Index.load(folder)
-        folder.mkdir(exist_ok=True)
-        try:
-            rules = intake_rules(batch, self.settings, self.registry)
-            index_file(self.data.input_file(batch.input_file_id), folder, rules)
-        except (BadLines, FileNotFoundError):
-            return None  # the bytes are damaged or gone: ending it is all that can be done
-        return Index.load(folder)
 
     def _remove_expired_files(self) -> bool:
         now, retention = self.clock(), Retention.of(self.settings)

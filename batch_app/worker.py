@@ -25,12 +25,14 @@ import psutil
 
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
+from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Choice, Waiting, utc_now
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     BatchAppError,
+    Conflict,
     LeaseLost,
     NotFound,
     ResultsLogError,
@@ -39,6 +41,7 @@ from batch_app.errors import (
 )
 from batch_app.estimates import run_time_s
 from batch_app.files import DataDir, new_id, remove_tree
+from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
 from batch_app.runner import Runner
@@ -53,6 +56,8 @@ EXIT_AT_ONCE = 130
 #: doesn't notice, somebody who asks for its status does. A GPU's work isn't slowed by it.
 NICENESS = 5
 LONGEST_PAUSE_S = 60.0
+#: To write the files of a batch that met a defect; its keeper, which renews the lease, has ended.
+CLOSING_LEASE_S = 300.0
 
 
 class Worker:
@@ -175,7 +180,11 @@ class Worker:
             # A defect of ours must not stop the queue. The batch fails, with its results so far.
             logger.exception("Batch %s failed on an internal error.", batch.id)
             batch_log.write(f"Failed on an internal error ({type(error).__name__}).")
-            self._fail(batch, f"Internal error: {type(error).__name__}. See the worker's output.")
+            self._fail(
+                batch,
+                batch_log,
+                f"Internal error: {type(error).__name__}. See the worker's output.",
+            )
         finally:
             self._batch_id = None
 
@@ -191,11 +200,50 @@ class Worker:
         except (BatchAppError, OSError):
             logger.warning("%s will be free when its lease has run out.", batch.id)
 
-    def _fail(self, batch: Batch, message: str) -> None:
+    def _fail(self, batch: Batch, batch_log: BatchLog, message: str) -> None:
+        """End a batch that met a defect of ours, with its results so far."""
+        to, unfinished = BatchStatus.FAILED, Unfinished("batch_failed", message)
         try:
-            self._store.transition(batch, BatchStatus.FAILED, self._clock(), error_message=message)
+            status = self._store.renew(batch, lease_s=CLOSING_LEASE_S, now=self._clock())
+            if status is BatchStatus.CANCELLING:
+                to, unfinished = BatchStatus.CANCELLED, CANCELLED
+            closed = self._close(self._store.get_batch(batch.id), unfinished)
+            published = closed.published
+            self._store.transition(
+                batch,
+                to,
+                self._clock(),
+                new_files=published.files,
+                output_file_id=published.output.id if published.output else None,
+                error_file_id=published.errors.id if published.errors else None,
+                progress=closed.progress,
+                error_message=message if to is BatchStatus.FAILED else None,
+            )
+            remove_tree(self._data.work_dir(batch.id))
+        except (StorageFull, StoreUnavailable, OSError, Conflict) as error:
+            # A conflict: it was cancelled just now. Housekeeping ends what nobody has.
+            self._try_again_later(batch, batch_log, error)
         except BatchAppError as error:
-            logger.warning("Can't mark %s as failed: %s", batch.id, error.message)
+            logger.warning("Can't mark %s as %s: %s", batch.id, to.value, error.message)
+
+    def _close(self, batch: Batch, unfinished: Unfinished) -> Closed:
+        """Publish what there is; where the defect is met again, nothing."""
+        try:
+            return close_with_results_so_far(
+                batch,
+                unfinished,
+                data=self._data,
+                settings=self._settings,
+                registry=ModelRegistry.load(self._settings.models),
+                now=self._clock(),
+            )
+        except (StorageFull, OSError) as error:
+            if not isinstance(error, FileNotFoundError):
+                raise
+            logger.exception("The results of %s can't be published.", batch.id)
+        except Exception:
+            logger.exception("The results of %s can't be published.", batch.id)
+        return Closed(Published(None, None), batch.progress)
 
     def _status(self, batch: Batch) -> str:
         try:

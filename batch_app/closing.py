@@ -1,0 +1,71 @@
+"""Closing: the files of a batch that ends otherwise than by running to its end.
+
+For whoever ends it in the worker's stead, or after a defect of the worker.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+
+from batch_app.config import Settings
+from batch_app.core import Batch, Progress
+from batch_app.errors import BadLines, IndexUnreadable
+from batch_app.files import DataDir
+from batch_app.finalize import Published, Unfinished, publish
+from batch_app.index import Index
+from batch_app.intake import index_file
+from batch_app.registry import ModelRegistry
+from batch_app.results import ResultsLog
+from batch_app.validation import intake_rules
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """What was published, and how far the batch had come."""
+
+    published: Published
+    progress: Progress
+
+
+def close_with_results_so_far(
+    batch: Batch,
+    unfinished: Unfinished,
+    *,
+    data: DataDir,
+    settings: Settings,
+    registry: ModelRegistry,
+    now: datetime,
+) -> Closed:
+    """Publish a line for every request; nothing where the lines were never checked, or can't be
+    read any more. The store is the caller's to tell, under the epoch that the batch has here.
+
+    Raises StorageFull, ResultsLogError, OSError.
+    """
+    index = _index(batch, data, settings, registry)
+    if index is None:
+        return Closed(Published(None, None), batch.progress)
+    log = ResultsLog(data.work_dir(batch.id), len(index), batch.epoch)
+    try:
+        return Closed(publish(data, batch, index, log, unfinished, now), log.progress)
+    finally:
+        log.close()
+
+
+def _index(
+    batch: Batch, data: DataDir, settings: Settings, registry: ModelRegistry
+) -> Index | None:
+    if batch.queued_at is None:
+        return None
+    folder = data.work_dir(batch.id)
+    with suppress(IndexUnreadable):
+        return Index.load(folder)
+    folder.mkdir(exist_ok=True)
+    try:
+        index_file(
+            data.input_file(batch.input_file_id), folder, intake_rules(batch, settings, registry)
+        )
+    except (BadLines, FileNotFoundError):
+        return None  # the bytes are damaged or gone: ending it is all that can be done
+    return Index.load(folder)

@@ -1,0 +1,134 @@
+"""A defect of ours meets a batch: its owner still gets what is done, and the queue goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from batch_app import closing, runner
+from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.errors import StorageFull
+from batch_app.worker import Worker
+from support.site import Site, assert_answers_echo, echo_line
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path, commit_interval_s=0.02, heartbeat_s=0.1)
+    yield site
+    site.close()
+
+
+@pytest.fixture
+def worker(site: Site) -> Iterator[Worker]:
+    """A worker of this process that does only what it is told."""
+    worker = Worker(site.settings, stop=threading.Event())
+    yield worker
+    worker._slot.unload()
+    worker._store.close()
+
+
+def work(worker: Worker) -> None:
+    batch = worker._claim()
+    assert batch
+    worker._work_on(batch)
+
+
+def defect_after(
+    monkeypatch: pytest.MonkeyPatch, num_done: int, also: Callable[[Batch], object] = lambda _: None
+) -> None:
+    """The runner meets a defect once so many results are on disk."""
+
+    def log_progress(run: Any, num_in_flight: int) -> None:
+        if run._log.progress.done >= num_done:
+            also(run._batch)
+            raise KeyError("a prompt, perhaps")
+
+    monkeypatch.setattr(runner._Run, "_log_progress", log_progress)
+
+
+def published(site: Site, batch: Batch) -> tuple[list[Any], list[Any]]:
+    found: list[list[Any]] = []
+    for file_id in (batch.output_file_id, batch.error_file_id):
+        assert file_id
+        file = site.store.get_file(file_id)
+        raw = site.data.output_file(file.id).read_bytes()
+        assert len(raw) == file.size_bytes
+        found.append([orjson.loads(line) for line in raw.splitlines()])
+    return found[0], found[1]
+
+
+def test_what_is_done_is_published(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(400)), "slow")
+    with monkeypatch.context() as patch:
+        defect_after(patch, 30)
+        work(worker)
+    batch = site.batch(batch_id)
+    assert batch.status is BatchStatus.FAILED
+    assert batch.error_message == "Internal error: KeyError. See the worker's output."
+    output, errors = published(site, batch)
+    assert 30 <= len(output) == batch.progress.completed < 400
+    assert (batch.progress.failed, len(errors)) == (0, 400 - len(output))
+    assert {error["error"]["code"] for error in errors} == {"batch_failed"}
+    assert [line["custom_id"] for line in site.results(batch_id)] == [f"r{n}" for n in range(400)]
+    assert "a prompt" not in site.log(batch_id)
+    assert not site.data.work_dir(batch_id).exists()
+
+    good = site.submit((echo_line(n) for n in range(3)), "sim")
+    work(worker)
+    assert site.batch(good).status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(good), 3)
+
+
+def test_a_batch_that_was_to_be_cancelled_is(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(400)), "slow")
+    defect_after(monkeypatch, 30, also=lambda batch: site.store.request_cancel(batch.id, utc_now()))
+    work(worker)
+    batch = site.batch(batch_id)
+    assert (batch.status, batch.error_message) == (BatchStatus.CANCELLED, None)
+    output, errors = published(site, batch)
+    assert len(output) + len(errors) == 400
+    assert {error["error"]["code"] for error in errors} == {"batch_cancelled"}
+
+
+def test_a_defect_in_publishing_ends_it_without_files(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError
+
+    for module in (runner, closing):
+        monkeypatch.setattr(module, "publish", broken)
+    batch_id = site.submit((echo_line(n) for n in range(3)), "sim")
+    work(worker)
+    batch = site.batch(batch_id)
+    assert batch.status is BatchStatus.FAILED
+    assert (batch.output_file_id, batch.error_file_id) == (None, None)
+    assert batch.progress.completed == 3
+
+
+def test_no_room_for_the_files_is_no_end(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise StorageFull("No space left.")
+
+    batch_id = site.submit((echo_line(n) for n in range(400)), "slow")
+    with monkeypatch.context() as patch:
+        patch.setattr(closing, "publish", full)
+        defect_after(patch, 30)
+        work(worker)
+    batch = site.batch(batch_id)
+    assert (batch.status, batch.lease_owner) == (BatchStatus.RUNNING, None)
+    work(worker)
+    assert site.batch(batch_id).status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(batch_id), 400)
