@@ -105,6 +105,7 @@ class Ask:
     needs: Callable[[Belongings], str] | None = None
     options: Callable[[Belongings, str], dict[str, Any]] = lambda own, thing: {}
     open: bool = False
+    admin_only: bool = False
     lists: str | None = None
     path: str | None = None
 
@@ -123,6 +124,7 @@ ROUTES: dict[str, Ask] = {
     "GET /redoc": Ask(open=True),
     "GET /openapi.json": Ask(open=True),
     "MOUNT /static-offline-docs": Ask(open=True, path="/static-offline-docs/favicon.png"),
+    "GET /metrics": Ask(admin_only=True),
     "GET /v1/models": Ask(),
     "GET /v1/models/{model:path}": Ask(path="/v1/models/sim"),
     "POST /v1/batches": Ask(
@@ -248,6 +250,13 @@ def test_what_each_of_them_gets(people: People, route: str) -> None:
         assert answer.status_code == 403
         assert answer.json()["error"]["code"] == "insufficient_scope"
         assert 'error="insufficient_scope"' in answer.headers["www-authenticate"]
+
+    if entry.admin_only:
+        for person in (people.ana, people.bob, people.ana_reads):
+            assert ask(person, route, thing, options).status_code == 403
+        for person in (people.admin, people.admin_reads):
+            assert ask(person, route, thing, options).status_code == 200
+        return
 
     answer = ask(people.bob, route, thing, options)
     if entry.lists:
