@@ -32,10 +32,10 @@ format: setup  ## Rewrite the code in the agreed style
 	$(PYTHON_IN_VENV) -m ruff format .
 
 BENCH ?= all
-RUNS ?= 5
+RUNS ?= 3
 BENCH_OUT ?= data/bench/reports
 
-bench: setup  ## Measure against vLLM's own batch runner (BENCH=workload, RUNS=5, BENCH_OUT=folder)
+bench: setup  ## Measure against vLLM's own batch runner (BENCH=workload, RUNS=3, BENCH_OUT=folder)
 	@mkdir -p $(BENCH_OUT)
 	$(PYTHON_IN_VENV) -m benchmarks.peer --workload $(BENCH) --runs $(RUNS) \
 	    --json $(BENCH_OUT)$(if $(filter all,$(BENCH)),,/$(BENCH).json) \

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -21,13 +22,14 @@ from rich.console import Console
 from batch_app.config import Settings
 from benchmarks import around_the_engine
 from benchmarks.peer import contenders, models, resume
-from benchmarks.peer.answers import LEAST_EQUAL, WrongAnswers, share_equal
+from benchmarks.peer.answers import WrongAnswers
+from benchmarks.peer.comparison import Comparison
 from benchmarks.peer.contenders import ABOUT, CONTENDERS, Job, Run, Skipped
 from benchmarks.peer.infinite_cache import infinite_hit_share, tokenized
 from benchmarks.peer.machine import Machine, commit, this_machine, versions
 from benchmarks.peer.observe import RunFailed
 from benchmarks.peer.plot import NoMatplotlib, plot
-from benchmarks.peer.report import print_report, ratios, spreads, write_report
+from benchmarks.peer.report import print_report, write_report
 from benchmarks.peer.workloads import HIT_OF_INFINITE, WORKLOADS, DataMissing, Limits, Workload
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,6 +40,7 @@ SPECIAL = {
     RESUME: "kill -9 at 90% and a second run: what was computed twice",
 }
 MOST_MB = 400.0
+Report = dict[str, Any]
 #: Of tables that go to a file.
 PLAIN_WIDTH = 120
 
@@ -91,7 +94,11 @@ def main(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the generated prompts.")] = 1,
     model: Annotated[
-        str | None, typer.Option(help="A folder or hub id instead of a model made on the spot.")
+        str | None,
+        typer.Option(
+            help="A folder or hub id instead of a model made on the spot. To have it downloaded, "
+            "set HF_HUB_OFFLINE=0."
+        ),
     ] = None,
     load_format: Annotated[
         str | None, typer.Option(help="vLLM's; dummy for a model without weights.")
@@ -149,16 +156,20 @@ def main(
         if name == "gemma" and machine.gpu is None and len(names) > 1:
             console.print("gemma was left out: it is for a GPU. Name it alone to run it anyway.")
             continue
+        several = len(names) > 1
+        path = json_out / f"{name}.json" if json_out is not None and several else json_out
+
+        def save(report: Report, path: Path | None = path) -> None:
+            if path is not None:
+                write_report(path, report)
+
         try:
-            report = _measure(name, wish, machine)
+            report = _measure(name, wish, machine, save)
         except (RunFailed, WrongAnswers, DataMissing) as error:
             console.print(f"{name} did not work: {error}", style="bold red", markup=False)
             all_well = False
             continue
-        several = len(names) > 1
-        if json_out is not None:
-            path = json_out / f"{name}.json" if several else json_out
-            write_report(path, report)
+        save(report)
         _print(report)
         all_well &= not report.get("problems")
         if plot_out is not None and "contenders" in report:
@@ -210,8 +221,8 @@ def _usual_data() -> Path | None:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def _measure(name: str, wish: Wish, machine: Machine) -> dict[str, Any]:
-    report: dict[str, Any] = {
+def _measure(name: str, wish: Wish, machine: Machine, save: Callable[[Report], None]) -> Report:
+    report: Report = {
         "workload": name,
         "about": WORKLOADS[name].about if name in WORKLOADS else SPECIAL[name],
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -230,8 +241,11 @@ def _measure(name: str, wish: Wish, machine: Machine) -> dict[str, Any]:
             # Twice max_num_seqs, unless somebody has set it otherwise.
             factor = Settings.model_fields["window_factor"].default
             window = int(job.engine_args["max_num_seqs"] * factor)
-            return report | {"resume": [resume.measure(job, window=window)]}
-        return report | _compare(workload, wish, machine, job)
+            kills = [resume.measure(job, window=window) for _ in range(wish.runs)]
+            return report | {"resume": kills}
+        return report | _compare(
+            workload, wish, machine, job, lambda figures: save(report | figures)
+        )
 
 
 def _public(arguments: list[str]) -> list[str]:
@@ -263,56 +277,42 @@ def _job(
         "model": model.name if wish.model is None or given.is_dir() else wish.model,
         "engine": wish.engine.value,
         "engine_args": arguments,
+        "traces": wish.data is not None,
     }
 
 
-def _compare(workload: Workload, wish: Wish, machine: Machine, job: Job) -> dict[str, Any]:
+def _compare(
+    workload: Workload, wish: Wish, machine: Machine, job: Job, save: Callable[[Report], None]
+) -> Report:
+    """Round after round; `save` gets what there is after each."""
+    share = None
+    if any(target.metric == HIT_OF_INFINITE for target in workload.targets):
+        share = _infinite_share(job, machine)
+    comparison = Comparison(workload, machine, share)
     names = wish.contenders or workload.contenders
-    rounds: list[dict[str, Run]] = []
-    skipped: dict[str, str] = {}
-    equal: dict[str, float] = {}
-    reference: Run | None = None
-    for number in range(wish.runs):
+    for number in range(1, wish.runs + 1):
         runs: dict[str, Run] = {}
         for name in names:
-            if name in skipped:
+            if name in comparison.skipped:
                 continue
             try:
                 run = contenders.run(name, job, str(number))
             except Skipped as reason:
-                skipped[name] = str(reason)
+                comparison.skipped[name] = str(reason)
                 continue
             runs[name] = run
-            console.print(
-                f"round {number + 1}/{wish.runs}  {name:22} {run.requests_per_s:9,.1f} requests/s  "
-                f"{run.wall_s:7.1f} s  {run.peak_mb:7,.0f} MB  {run.hit_share:6.1%} cached  "
-                f"{run.num_computed:,} computed",
-                markup=False,
-            )
-            reference = reference or run
-            same = share_equal(run.answers, reference.answers)
-            equal[name] = round(min(equal.get(name, 1.0), same), 4)
-            if run is not reference:
-                run.answers.clear()
-        rounds.append(runs)
-    share = None
-    if any(target.metric == HIT_OF_INFINITE for target in workload.targets):
-        share = _infinite_share(job, machine)
-    least = LEAST_EQUAL.get(machine.dtype, 0.0)
-    problems = [
-        f"{name} gave other answers than {reference.contender} to {1 - value:.1%} of the requests"
-        for name, value in equal.items()
-        if reference is not None and value < least
-    ]
-    return {
-        "contenders": spreads(rounds),
-        "ratios": [ratio.as_dict() for ratio in ratios(rounds, workload, share)],
-        "infinite_hit_share": share,
-        "equal_answers": equal,
-        "skipped": skipped,
-        "problems": problems,
-        "rounds": [{name: run.as_dict() for name, run in runs.items()} for runs in rounds],
-    }
+            comparison.check(run)
+            console.print(f"round {number}/{wish.runs}  {_in_a_line(run)}", markup=False)
+        comparison.rounds.append(runs)
+        save(comparison.report())
+    return comparison.report()
+
+
+def _in_a_line(run: Run) -> str:
+    return (
+        f"{run.contender:22} {run.requests_per_s:9,.1f} requests/s  {run.wall_s:7.1f} s  "
+        f"{run.peak_mb:7,.0f} MB  {run.hit_share:6.1%} cached  {run.num_computed:,} computed"
+    )
 
 
 def _infinite_share(job: Job, machine: Machine) -> float | None:
@@ -323,7 +323,7 @@ def _infinite_share(job: Job, machine: Machine) -> float | None:
     return round(infinite_hit_share(prompts, size), 4)
 
 
-def _million(place: Path, wish: Wish) -> dict[str, Any]:
+def _million(place: Path, wish: Wish) -> Report:
     num_requests = wish.num_requests or 1_000_000
     figures = vars(around_the_engine.measure(place, num_requests, 300))
     largest = max(figures["api_peak_mb"], figures["worker_peak_mb"])
@@ -338,7 +338,7 @@ def _million(place: Path, wish: Wish) -> dict[str, Any]:
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: Report) -> None:
     if "contenders" in report:
         print_report(report, console)
         same = ", ".join(f"{name} {value:.1%}" for name, value in report["equal_answers"].items())
@@ -347,9 +347,10 @@ def _print(report: dict[str, Any]) -> None:
             console.print(problem, style="bold red", markup=False)
         return
     console.print(f"\n{report['workload']}: {report['about']}", markup=False)
-    figures = report["figures"] if "figures" in report else report["resume"][0]
-    for name, value in figures.items():
-        console.print(f"  {name:24} {value:,}", markup=False)
+    for figures in [report["figures"]] if "figures" in report else report["resume"]:
+        for name, value in figures.items():
+            console.print(f"  {name:24} {value:,}", markup=False)
+        console.print()
 
 
 if __name__ == "__main__":

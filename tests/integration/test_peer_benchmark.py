@@ -45,7 +45,8 @@ def test_a_workload_from_end_to_end(tmp_path: Path) -> None:
 
 def test_kill_and_resume_computes_at_most_a_window_twice(tmp_path: Path) -> None:
     out = tmp_path / "resume.json"
-    arguments = ("--workload", "resume", "--requests", "500", "--max-num-seqs", "8")
+    arguments = ("--workload", "resume", "--runs", "1", "--requests", "500")
+    arguments += ("--max-num-seqs", "8")
     done = run(tmp_path, *arguments, "--json", str(out))
     assert done.returncode == 0, done.stdout + done.stderr
     [resumed] = json.loads(out.read_text())["resume"]

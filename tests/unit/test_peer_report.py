@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks.peer import markdown
 from benchmarks.peer.answers import Answer, WrongAnswers, hit_share, read_answers, share_equal
+from benchmarks.peer.comparison import Comparison
 from benchmarks.peer.contenders import Run, engine_arguments
 from benchmarks.peer.counted import Count
 from benchmarks.peer.machine import Machine, this_machine
@@ -175,6 +176,22 @@ def test_answers_are_compared() -> None:
     assert share_equal(ours, ours | {"r1": Answer("c", 5, 1, 4)}) == 0.5
     with pytest.raises(WrongAnswers, match="token counts"):
         share_equal(ours, ours | {"r1": Answer("b", 6, 1, 0)})
+
+
+def test_a_comparison_holds_all_against_the_first_run() -> None:
+    comparison = Comparison(WORKLOADS["unique"], CPU)
+    said = {f"r{n}": Answer("a", 5, 1, 0) for n in range(100)}
+    other = said | {"r7": Answer("b", 5, 1, 0)}
+    comparison.check(a_run("ours", 300, answers=dict(said)))
+    comparison.check(a_run("run_batch", 200, answers=dict(other)))
+    comparison.check(a_run("ours", 300, answers=dict(other)))
+    assert comparison.report()["equal_answers"] == {"ours": 0.99, "run_batch": 0.99}
+    assert comparison.problems() == []
+    wrong = {f"r{n}": Answer("b", 5, 1, 0) for n in range(100)}
+    comparison.check(a_run("llm_chat", 200, answers=wrong))
+    assert comparison.problems() == [
+        "llm_chat gave other answers than the first run to 100.0% of the requests"
+    ]
 
 
 def test_all_get_the_same_limits() -> None:
