@@ -51,6 +51,9 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # torch.distributed's gloo listens even where a process is alone, and on the address of the
+    # host's name unless told otherwise.
+    "GLOO_SOCKET_IFNAME": "lo",
     # GiB. vLLM's own default takes half of a machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }

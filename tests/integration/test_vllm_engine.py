@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from batch_app.core import Endpoint
@@ -60,6 +61,16 @@ class TestVllmEngine(EngineConformance):
     def engine(self, vllm_engine: VllmEngine) -> Iterator[Engine]:
         yield vllm_engine
         assert vllm_engine.collect(0) == []
+
+
+def test_nobody_on_the_network_can_reach_it(vllm_engine: VllmEngine) -> None:
+    """torch.distributed listens for its peers, of which there are none: on the loopback only."""
+    run(vllm_engine, chat(0))
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        for connection in process.net_connections(kind="inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1"), process.cmdline()
 
 
 def test_two_hundred_answers_stand_under_their_numbers(vllm_engine: VllmEngine) -> None:
