@@ -61,6 +61,7 @@ class BenchmarkResults(_Part):
     total_tokens: int = Field(ge=0)
     mean_prompt_tokens: float | None = None
     mean_completion_tokens: float | None = None
+    p95_completion_tokens: int | None = None
     throughput_tokens_per_s: float = Field(ge=0, allow_inf_nan=False)
     throughput_requests_per_s: float = Field(ge=0, allow_inf_nan=False)
 
@@ -106,6 +107,7 @@ def record_from_run(
     inference_s: float,
     prompt_tokens: int,
     completion_tokens: int,
+    p95_completion_tokens: int | None = None,
     engine_args: dict[str, Any],
     timestamp: datetime,
 ) -> BenchmarkRecord:
@@ -144,6 +146,7 @@ def record_from_run(
             mean_completion_tokens=(
                 round(completion_tokens / success_count, 2) if success_count else None
             ),
+            p95_completion_tokens=p95_completion_tokens,
             throughput_tokens_per_s=round(total_tokens * pace, 2),
             throughput_requests_per_s=round(num_requests * pace, 4),
         ),

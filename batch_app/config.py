@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic_settings import (
@@ -226,6 +226,16 @@ class Settings(BaseSettings):
         2.0,
         ge=1,
         description="Requests kept in flight, as a multiple of the engine's `max_num_seqs`.",
+    )
+    order: Literal["prefix", "arrival"] = Field(
+        "prefix",
+        description="Order of a batch's requests. `prefix`: those whose prompts begin alike one "
+        "after the other, long answers early; `arrival`: as they stand in the file.",
+    )
+    deduplicate: bool = Field(
+        True,
+        description="Compute byte-identical requests once where the answer is determined by the "
+        "request (temperature 0 or a seed, one choice). A batch can opt out; false: never.",
     )
     max_passed_over_s: float = Field(
         600.0,

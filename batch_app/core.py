@@ -130,11 +130,15 @@ class TokenCounts:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a batch is, counting only results that are safely on disk."""
+    """How far a batch is, counting only results that are safely on disk.
+
+    `deduplicated`: of the done ones, those whose answer was computed for another request.
+    """
 
     completed: int = 0
     failed: int = 0
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    deduplicated: int = 0
 
     @property
     def done(self) -> int:
@@ -162,6 +166,7 @@ class Batch:
     stored one changes nothing (fencing). `lease_expires_at` is None when nobody holds it.
     `expires_at` ends its completion window; None: it has all the time there is. Files published for
     it expire `output_expires_after_s` after they were made. `passed_over_at`: see `Waiting`.
+    `deduplicate`: whether equal requests may be computed once.
     """
 
     id: str
@@ -198,6 +203,7 @@ class Batch:
     retry_of: str | None = None
     output_expires_after_s: int | None = None
     passed_over_at: datetime | None = None
+    deduplicate: bool = True
 
     @property
     def is_terminal(self) -> bool:

@@ -23,6 +23,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     Dialect,
@@ -106,6 +107,7 @@ batches = Table(
     Column("total", BigInteger, nullable=False, default=0),
     Column("completed", BigInteger, nullable=False, default=0),
     Column("failed", BigInteger, nullable=False, default=0),
+    Column("deduplicated", BigInteger, nullable=False, default=0),
     Column("prompt_tokens", BigInteger, nullable=False, default=0),
     Column("completion_tokens", BigInteger, nullable=False, default=0),
     Column("cached_tokens", BigInteger, nullable=False, default=0),
@@ -130,6 +132,7 @@ batches = Table(
     Column("retry_of", String(64)),
     Column("output_expires_after_s", Integer),
     Column("passed_over_at", UtcDateTime),
+    Column("deduplicate", Boolean, nullable=False, default=True),
     Index("batches_by_status", "status", "seq"),
     Index("batches_by_input", "input_file_id"),
 )

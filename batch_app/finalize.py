@@ -14,11 +14,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-import orjson
-
 from batch_app.core import Batch, FilePurpose, StoredFile
 from batch_app.files import DataDir, atomic_writer, derived_file_id, sync_dir
 from batch_app.index import Index
+from batch_app.inputs import InputFile
 from batch_app.results import ResultsLog
 from batch_app.wire.lines import error_line
 
@@ -84,7 +83,7 @@ def publish(
         good: BinaryIO | None = None
         if num_good:
             good = stack.enter_context(atomic_writer(output_path))
-        inputs = stack.enter_context(data.input_file(batch.input_file_id).open("rb"))
+        inputs = stack.enter_context(InputFile(data.input_file(batch.input_file_id), index))
         for number in range(len(index)):
             status = log.status_code(number)
             if status:
@@ -92,7 +91,7 @@ def publish(
             elif unfinished is None:
                 raise ValueError(f"Request {number} of {batch.id} has no result.")
             else:
-                custom_id = read_custom_id(inputs, index, number)
+                custom_id = inputs.request(number).custom_id
                 line = (
                     error_line(batch.id, number, custom_id, unfinished.code, unfinished.message)
                     + b"\n"
@@ -106,17 +105,6 @@ def publish(
         _record(output_id, output_path, "output", batch, now) if num_good else None,
         _record(errors_id, errors_path, "errors", batch, now),
     )
-
-
-def read_request_line(inputs: BinaryIO, index: Index, number: int) -> bytes:
-    """The bytes of one line of the input file."""
-    record = index.records[number]
-    return os.pread(inputs.fileno(), int(record["length"]), int(record["offset"]))
-
-
-def read_custom_id(inputs: BinaryIO, index: Index, number: int) -> str:
-    custom_id: str = orjson.loads(read_request_line(inputs, index, number))["custom_id"]
-    return custom_id
 
 
 def _same_file(existing: Path, name: Path) -> None:

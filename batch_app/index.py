@@ -1,14 +1,16 @@
 """The index of an input file: where each request lies, and what the planner needs to know of it.
 
-Two files in the batch's work folder: `index.bin`, fixed-size little-endian records in input order,
-and `index.json`, the few names that the records refer to by number. Written once by intake, read
-by the worker as an array, so that nobody parses the input twice to find a line.
+Three files in the batch's work folder: `index.bin`, fixed-size little-endian records in input
+order; `prefixes.bin`, the fingerprints of every prompt's prefixes, one request's after the other's;
+and `index.json`, the few names that the records refer to by number. Written once by intake, mapped
+into memory by the worker: nobody parses the input twice to find or to order its lines.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,31 +23,38 @@ import orjson
 from batch_app.errors import IndexUnreadable
 from batch_app.files import atomic_writer, no_room_is_storage_full
 
-VERSION = 1
+VERSION = 2
 #: `offset` and `length` in bytes; `line` from 1; `max_tokens` 0 where the line sets none;
-#: `model` and `endpoint` are positions in the lists of index.json.
+#: `content` is a hash of endpoint and body, 0 where they don't determine the answer; `model` and
+#: `endpoint` are positions in the lists of index.json; `num_marks`: fingerprints in prefixes.bin.
 DTYPE = np.dtype(
     [
         ("offset", "<u8"),
         ("length", "<u4"),
         ("line", "<u4"),
         ("max_tokens", "<u4"),
+        ("content", "<u8"),
         ("model", "<u2"),
         ("endpoint", "<u2"),
+        ("num_marks", "<u2"),
     ]
 )
-_RECORD = struct.Struct("<QIIIHH")
+_RECORD = struct.Struct("<QIIIQHHH")
 _FLUSH_BYTES = 1 << 18
+NO_MARKS: array[int] = array("I")
 
 
 class IndexWriter:
-    """Writes the two files. Use as a context manager; `finish` makes them durable."""
+    """Writes the three files. Use as a context manager; `finish` makes them durable."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file = (folder / "index.bin").open("wb")
+        self._prefixes = (folder / "prefixes.bin").open("wb")
         self._buffer = bytearray()
+        self._marks = bytearray()
         self._names: dict[str, dict[str, int]] = {"models": {}, "endpoints": {}}
+        self._num_marks = 0
         self.num_requests = 0
 
     def __enter__(self) -> IndexWriter:
@@ -58,9 +67,19 @@ class IndexWriter:
         tb: TracebackType | None,
     ) -> None:
         self._file.close()
+        self._prefixes.close()
 
     def add(
-        self, *, offset: int, length: int, line: int, max_tokens: int, model: str, endpoint: str
+        self,
+        *,
+        offset: int,
+        length: int,
+        line: int,
+        max_tokens: int,
+        model: str,
+        endpoint: str,
+        content: int = 0,
+        marks: array[int] = NO_MARKS,
     ) -> None:
         models, endpoints = self._names["models"], self._names["endpoints"]
         self._buffer += _RECORD.pack(
@@ -68,22 +87,28 @@ class IndexWriter:
             length,
             line,
             min(max(max_tokens, 0), 0xFFFFFFFF),
+            content,
             models.setdefault(model, len(models)),
             endpoints.setdefault(endpoint, len(endpoints)),
+            len(marks),
         )
+        self._marks += marks.tobytes()
         self.num_requests += 1
-        if len(self._buffer) >= _FLUSH_BYTES:
+        self._num_marks += len(marks)
+        if len(self._buffer) + len(self._marks) >= _FLUSH_BYTES:
             self._flush()
 
     def finish(self) -> None:
         """Raises StorageFull."""
         with no_room_is_storage_full("writing the index"):
             self._flush()
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            for written in (self._file, self._prefixes):
+                written.flush()
+                os.fsync(written.fileno())
         header = {
             "version": VERSION,
             "num_requests": self.num_requests,
+            "num_marks": self._num_marks,
             "models": list(self._names["models"]),
             "endpoints": list(self._names["endpoints"]),
         }
@@ -93,14 +118,21 @@ class IndexWriter:
     def _flush(self) -> None:
         with no_room_is_storage_full("writing the index"):
             self._file.write(self._buffer)
+            self._prefixes.write(self._marks)
         self._buffer.clear()
+        self._marks.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index as read back. `records` has shape (num_requests,) and dtype `DTYPE`."""
+    """An index as read back.
+
+    `records` has shape (num_requests,) and dtype `DTYPE`; `prefixes` has shape (sum of num_marks,).
+    Both are views of the files: what isn't looked at takes no memory.
+    """
 
     records: npt.NDArray[Any]
+    prefixes: npt.NDArray[np.uint32]
     models: tuple[str, ...]
     endpoints: tuple[str, ...]
 
@@ -116,12 +148,25 @@ class Index:
                 raise IndexUnreadable(
                     f"The index in {folder.name} is of version {header['version']}."
                 )
-            records = np.fromfile(folder / "index.bin", dtype=DTYPE)
+            records = _mapped(folder / "index.bin", DTYPE)
             if len(records) != header["num_requests"]:
                 raise IndexUnreadable(
                     f"The index in {folder.name} has {len(records)} records of "
                     f"{header['num_requests']}."
                 )
-            return cls(records, tuple(header["models"]), tuple(header["endpoints"]))
+            prefixes = _mapped(folder / "prefixes.bin", np.dtype("<u4"))
+            if len(prefixes) != header["num_marks"]:
+                raise IndexUnreadable(
+                    f"The index in {folder.name} has {len(prefixes)} fingerprints of "
+                    f"{header['num_marks']}."
+                )
+            return cls(records, prefixes, tuple(header["models"]), tuple(header["endpoints"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IndexUnreadable(f"The index in {folder.name} can't be read: {error}") from error
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """A file as an array. Raises OSError, or ValueError where the last element is torn."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)  # nothing can't be mapped
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

@@ -14,6 +14,7 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ import orjson
 from batch_app.core import LineError
 from batch_app.errors import BadLines
 from batch_app.index import Index, IndexWriter
-from batch_app.lines import LineParser, LineProblem
+from batch_app.lines import LineParser, LineProblem, RequestLine
 from batch_app.policy import check_template_arguments
+from batch_app.prefixes import fingerprints
 from batch_app.registry import ModelRegistry
 from batch_app.shapes import BodyLimits
 
@@ -201,6 +203,8 @@ class Intake:
             max_tokens=request.max_tokens,
             model=model,
             endpoint=request.endpoint,
+            content=_content_hash(request) if request.deterministic else 0,
+            marks=fingerprints(*request.prompt),
         )
 
     # -- the file as a whole -------------------------------------------------------------------
@@ -249,6 +253,13 @@ class Intake:
         return BadLines(
             f"{where}{first.message}{more} Nothing was queued.", errors, self._num_errors
         )
+
+
+def _content_hash(request: RequestLine) -> int:
+    """64 bits that are the same for requests that ask the same; never 0."""
+    key = request.endpoint.encode()
+    digest = blake2b(request.body, digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def index_file(

@@ -30,10 +30,11 @@ MAX_LOGGED_FAILURES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One outcome with the id its owner knows it by."""
+    """One outcome with the id its owner knows it by. `copied`: computed for an equal request."""
 
     custom_id: str
     outcome: Outcome
+    copied: bool = False
 
 
 class Keeper:
@@ -144,6 +145,7 @@ class Keeper:
                     outcome.reasoning_tokens,
                 ),
                 self._line(delivery),
+                delivery.copied,
             )
         self._log.commit()
         for delivery in deliveries:

@@ -17,12 +17,13 @@ import numpy as np
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
+from batch_app.copies import Copies
 from batch_app.engine.base import Engine, EngineInfo, Outcome
 from batch_app.engine.limits import in_words, limits_of
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
 from batch_app.keeper import Delivery, Keeper
-from batch_app.planner import Numbers
+from batch_app.planner import Duplicates, Group, Numbers
 from batch_app.registry import ModelEntry
 from batch_app.results import ResultsLog
 from batch_app.suspects import DEATHS_ALONE, Suspects
@@ -60,6 +61,7 @@ class Lives:
         make_window: MakeWindow,
         deliver: Deliver,
         custom_id: Callable[[int], str],
+        copies: Copies,
         check: Check,
         stop: threading.Event,
     ) -> None:
@@ -73,6 +75,7 @@ class Lives:
         self._make_window = make_window
         self._pass_on = deliver
         self._custom_id = custom_id
+        self._copies = copies
         self._check = check
         self._stop = stop
         self._num_guilty = 0
@@ -84,8 +87,8 @@ class Lives:
         #: Seconds in which requests were in flight.
         self.inference_s = 0.0
 
-    def run(self, entry: ModelEntry, numbers: Numbers) -> None:
-        """Run these requests, in this order.
+    def run(self, entry: ModelEntry, group: Group) -> None:
+        """Run what this group still lacks, in its order.
 
         Raises:
             EngineError: it can't be loaded, or was started too often without an answer.
@@ -94,20 +97,20 @@ class Lives:
         """
         self._num_shrinks = 0
         while True:
-            numbers = self._without_the_guilty(numbers)
+            numbers = self._without_the_guilty(group)
             if not len(numbers):
                 return
             suspected = np.isin(numbers, self._suspects.numbers)
             beside = not suspected.all()
             if beside:
-                group = numbers[~suspected]
+                numbers = numbers[~suspected]
             else:
-                group = np.array(self._suspects.next_group(set(numbers.tolist())), dtype=np.int64)
+                numbers = np.array(self._suspects.next_group(set(numbers.tolist())), dtype=np.int64)
                 self._batch_log.write(
-                    f"Now, apart from the others, {len(group):,} of those in flight when it died."
+                    f"Now, apart from the others, {len(numbers):,} of those in flight when it died."
                 )
             try:
-                self._live(entry, group, beside=beside)
+                self._live(entry, numbers, group.waiting, beside=beside)
             except EngineOutOfMemory as error:
                 self._shrink()
                 self._count_death(error)
@@ -120,13 +123,15 @@ class Lives:
 
     # -- one life ------------------------------------------------------------------------------
 
-    def _live(self, entry: ModelEntry, group: Numbers, *, beside: bool) -> None:
+    def _live(
+        self, entry: ModelEntry, numbers: Numbers, waiting: Duplicates, *, beside: bool
+    ) -> None:
         engine, info = self._load(entry)
         size = max(1, int(info.max_num_seqs * self._settings.window_factor))
         window = self._make_window(engine, size, self._deliver)
         started = time.monotonic()
         try:
-            window.run(group)
+            window.run(numbers, waiting)
         except EngineOutOfMemory:
             if info.max_num_seqs < 2 or self._num_shrinks >= MAX_SHRINKS:
                 self._suspect(window, beside=beside)
@@ -203,22 +208,22 @@ class Lives:
                 f"The engine ran out of memory. From now on it gets {in_words(limits)}."
             )
 
-    def _without_the_guilty(self, numbers: Numbers) -> Numbers:
-        """Those of these requests that are to run, after the guilty have their error lines.
+    def _without_the_guilty(self, group: Group) -> Numbers:
+        """What this group still lacks, after the guilty have their error lines.
 
         While the engine has answered nothing at all, that waits: it may die of anything.
         """
         self._keeper.flush()
         self._suspects.forget(self._log.is_done)
         guilty = self._suspects.guilty
-        numbers = self._log.undone(numbers)
-        rest = numbers[~np.isin(numbers, guilty)]
-        if guilty and (self._log.progress.completed or not len(rest)):
-            self._quarantine(guilty)
+        numbers = group.left(self._log.todo())
+        if guilty and (self._log.progress.completed or np.isin(numbers, guilty).all()):
+            self._quarantine(guilty, group.waiting)
+            numbers = group.left(self._log.todo())
         self._suspects.save(self._suspects_path)
-        return rest
+        return numbers[~np.isin(numbers, guilty)]
 
-    def _quarantine(self, guilty: list[int]) -> None:
+    def _quarantine(self, guilty: list[int], waiting: Duplicates) -> None:
         for number in guilty:
             self._num_guilty += 1
             if self._num_guilty > MAX_GUILTY:
@@ -236,6 +241,8 @@ class Lives:
             )
             outcome = Outcome(number, 500, message.encode(), error_code=QUARANTINED)
             self._pass_on([Delivery(custom_id, outcome)], 0)
+            for deliveries in self._copies.of(outcome, waiting.of(number).tolist()):
+                self._pass_on(deliveries, 0)
         self._deaths_in_a_row = 0  # the engine works, but for these
         self._keeper.flush()
         self._suspects.forget(self._log.is_done)

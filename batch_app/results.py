@@ -30,10 +30,12 @@ from batch_app.files import NO_ROOM, sync_dir
 
 _MAGIC = b"vbr1"
 #: magic, number, status, 4 token counts, payload length; the checksum covers all that and payload.
+#: The status' highest bit says that the answer was copied from another request's.
 _HEAD = struct.Struct("<4sIHIIIII")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEAD.size + _CRC.size
 _SEAL_NUMBER = 0xFFFFFFFF
+_COPIED = 0x8000
 _MAX_PAYLOAD_BYTES = 1 << 30
 _SCAN_BYTES = 8 << 20
 
@@ -46,6 +48,7 @@ class Frame(NamedTuple):
     tokens: tuple[int, int, int, int]
     offset: int
     length: int
+    copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +63,14 @@ class Segment:
         return int(self.path.stem.split("-")[1])
 
 
-def encode_frame(number: int, status_code: int, tokens: TokenCounts, payload: bytes) -> bytes:
+def encode_frame(
+    number: int, status_code: int, tokens: TokenCounts, payload: bytes, copied: bool = False
+) -> bytes:
     """A frame's bytes, header and payload."""
     head = _HEAD.pack(
         _MAGIC,
         number,
-        status_code,
+        status_code | (_COPIED if copied else 0),
         tokens.prompt_tokens,
         tokens.completion_tokens,
         tokens.cached_tokens,
@@ -133,7 +138,12 @@ def _decode(window: bytes, begin: int, window_start: int) -> Frame | None:
     if zlib.crc32(view[payload_at : payload_at + length], head_crc) != expected:
         return None
     return Frame(
-        number, status, (prompt, completion, cached, reasoning), window_start + payload_at, length
+        number,
+        status & ~_COPIED,
+        (prompt, completion, cached, reasoning),
+        window_start + payload_at,
+        length,
+        bool(status & _COPIED),
     )
 
 
@@ -228,32 +238,40 @@ class ResultsLog:
         """Numbers of the requests without a committed result, ascending."""
         return np.flatnonzero(self._segment_of == 0).astype(np.int64)
 
-    def undone(
-        self, numbers: np.ndarray[tuple[int], np.dtype[np.int64]]
-    ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Those of these requests without a committed result, in the same order."""
-        undone: np.ndarray[tuple[int], np.dtype[np.int64]]
-        undone = numbers[self._segment_of[numbers] == 0]
-        return undone
-
     def status_code(self, number: int) -> int:
         """Of a done request; 0 for one that isn't."""
         return int(self._status[number])
 
+    def tokens(self, number: int) -> TokenCounts:
+        """What a done request used."""
+        at = int(self._offset[number]) - HEADER_BYTES
+        head = os.pread(self._reader(number), HEADER_BYTES, at)
+        return TokenCounts(*_HEAD.unpack_from(head)[3:7])
+
     def read(self, number: int) -> bytes:
         """The output line of a done request, without its line feed."""
+        return os.pread(self._reader(number), int(self._length[number]), int(self._offset[number]))
+
+    def _reader(self, number: int) -> int:
         which = int(self._segment_of[number])
         descriptor = self._readers.get(which)
         if descriptor is None:
             descriptor = os.open(self._segments[which - 1].path, os.O_RDONLY)
             self._readers[which] = descriptor
-        return os.pread(descriptor, int(self._length[number]), int(self._offset[number]))
+        return descriptor
 
     # -- writing -------------------------------------------------------------------------------
 
-    def append(self, number: int, status_code: int, tokens: TokenCounts, payload: bytes) -> None:
+    def append(
+        self,
+        number: int,
+        status_code: int,
+        tokens: TokenCounts,
+        payload: bytes,
+        copied: bool = False,
+    ) -> None:
         """Take a result into the next commit. A second result of a request is dropped."""
-        self._buffer.append(encode_frame(number, status_code, tokens, payload))
+        self._buffer.append(encode_frame(number, status_code, tokens, payload, copied))
         self._pending.append(
             Frame(
                 number,
@@ -266,6 +284,7 @@ class ResultsLog:
                 ),
                 self._written + HEADER_BYTES,
                 len(payload),
+                copied,
             )
         )
         self._written += HEADER_BYTES + len(payload)
@@ -335,6 +354,7 @@ class ResultsLog:
 
     def _count(self, frames: list[Frame], which: int) -> None:
         completed, failed = self.progress.completed, self.progress.failed
+        copied = self.progress.deduplicated
         tokens = [0, 0, 0, 0]
         for frame in frames:
             number = frame.number
@@ -348,9 +368,11 @@ class ResultsLog:
                 completed += 1
             else:
                 failed += 1
+            copied += frame.copied
             for position, count in enumerate(frame.tokens):
                 tokens[position] += count
-        self.progress = Progress(completed, failed, self.progress.tokens + TokenCounts(*tokens))
+        tokens_before = self.progress.tokens
+        self.progress = Progress(completed, failed, tokens_before + TokenCounts(*tokens), copied)
 
     def _begin_segment(self, epoch: int) -> None:
         attempt = 1

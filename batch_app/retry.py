@@ -126,6 +126,7 @@ def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetim
         metadata=batch.metadata,
         owner=batch.owner,
         priority=batch.priority,
+        deduplicate=batch.deduplicate,
         retry_of=batch.id,
         output_expires_after_s=batch.output_expires_after_s,
     )

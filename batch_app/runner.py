@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
 from batch_app.config import Settings
+from batch_app.copies import Copies, logged_outcome
 from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
 from batch_app.engine.base import Engine, Outcome
 from batch_app.engine.slot import EngineSlot
@@ -29,12 +33,13 @@ from batch_app.errors import (
     StorageFull,
 )
 from batch_app.files import DataDir, remove_tree
-from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish, read_custom_id
+from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.index import Index
+from batch_app.inputs import InputFile
 from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
 from batch_app.lives import Deliver, Lives
-from batch_app.planner import plan
+from batch_app.planner import Group, plan
 from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
@@ -49,6 +54,7 @@ class Tally:
     num_requests: int = 0
     num_succeeded: int = 0
     tokens: TokenCounts = field(default_factory=TokenCounts)
+    lengths: Counter[int] = field(default_factory=Counter)  # requests by output tokens
 
     def add(self, outcomes: list[Outcome]) -> None:
         self.num_requests += len(outcomes)
@@ -57,8 +63,19 @@ class Tally:
             self.num_succeeded += outcome.status_code == 200
             prompt += outcome.prompt_tokens
             completion += outcome.completion_tokens
+            self.lengths[outcome.completion_tokens] += 1
             cached += outcome.cached_tokens
         self.tokens += TokenCounts(prompt, completion, cached)
+
+
+def quantile(counts: Counter[int], share: float) -> int | None:
+    """The smallest value that this share of them doesn't exceed; None of nothing."""
+    left = share * counts.total()
+    for value in sorted(counts):
+        left -= counts[value]
+        if left <= 0:
+            return value
+    return None
 
 
 class Runner:
@@ -196,7 +213,14 @@ class _Run:
     def _run_groups(self) -> None:
         registry = ModelRegistry.load(self._settings.models)
         input_path = self._runner._data.input_file(self._batch.input_file_id)
-        with input_path.open("rb") as inputs:
+        groups = plan(
+            self._index,
+            self._log.todo(),
+            by_prefix=self._settings.order == "prefix",
+            deduplicate=self._settings.deduplicate and self._batch.deduplicate,
+            usual_tokens=self._usual_tokens(),
+        )
+        with InputFile(input_path, self._index) as inputs:
 
             def make_window(engine: Engine, size: int, deliver: Deliver) -> Window:
                 return Window(
@@ -218,12 +242,38 @@ class _Run:
                 keeper=self._keeper,
                 make_window=make_window,
                 deliver=self._deliver,
-                custom_id=lambda number: read_custom_id(inputs, self._index, number),
+                custom_id=lambda number: inputs.request(number).custom_id,
+                copies=Copies(self._index, inputs),
                 check=self._check,
                 stop=self._runner._stop,
             )
-            for model, numbers in plan(self._index, self._log.todo()):
-                lives.run(registry.get(model), numbers)
+            for group in groups:
+                self._copy_answers(group, inputs)
+                lives.run(registry.get(group.model), group)
+        self._keeper.flush()
+
+    def _usual_tokens(self) -> dict[str, int]:
+        """By model: the output tokens that few answers of its latest benchmark exceeded."""
+        latest = ((model, self._runner._benchmarks.latest(model)) for model in self._index.models)
+        return {
+            model: record.results.p95_completion_tokens
+            for model, record in latest
+            if record and record.results.p95_completion_tokens
+        }
+
+    def _copy_answers(self, group: Group, inputs: InputFile) -> None:
+        """Give what an earlier claim computed to the requests that ask the same."""
+        if group.waiting or group.answered:
+            self._batch_log.write(
+                f"{len(group.waiting) + len(group.answered):,} requests for {group.model} repeat "
+                "another one's body: they get its answer."
+            )
+        copies = Copies(self._index, inputs)
+        for leader in np.unique(group.answered.leaders).tolist():
+            outcome = logged_outcome(self._log, leader)
+            for deliveries in copies.of(outcome, group.answered.of(leader).tolist()):
+                self._check(draining=False)
+                self._deliver(deliveries, 0)
         self._keeper.flush()
 
     def _check(self, *, draining: bool) -> None:
@@ -238,7 +288,7 @@ class _Run:
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
         if deliveries:
-            self._tally.add([delivery.outcome for delivery in deliveries])
+            self._tally.add([one.outcome for one in deliveries if not one.copied])
             self._keeper.deliver(deliveries)
         self._log_progress(num_in_flight)
 
@@ -305,6 +355,7 @@ class _Run:
             f"{to.value.capitalize()}: {progress.completed:,} succeeded, {progress.failed:,} "
             f"failed of {len(self._index):,}; {progress.tokens.total_tokens:,} tokens"
             + (f", {speed:,.0f} tokens/s" if speed else "")
+            + (f", {progress.deduplicated:,} deduplicated" if progress.deduplicated else "")
             + f". Files written in {time.monotonic() - started:.1f} s."
         )
         if to is BatchStatus.COMPLETED:
@@ -341,6 +392,7 @@ class _Run:
             inference_s=lives.inference_s,
             prompt_tokens=tally.tokens.prompt_tokens,
             completion_tokens=tally.tokens.completion_tokens,
+            p95_completion_tokens=quantile(tally.lengths, 0.95),
             engine_args={
                 "max_model_len": info.max_model_len,
                 "gpu_memory_utilization": info.gpu_memory_utilization,

@@ -70,6 +70,12 @@ class BatchUpload(Incoming[Batch]):
             self._model = self.services.registry.get(name)
         return self._model
 
+    def _may_deduplicate(self) -> bool:
+        wish = self._form.fields.get("deduplicate", "true").strip().lower()
+        if wish not in ("true", "false"):
+            raise BadRequest('"deduplicate" must be true or false.', param="deduplicate")
+        return wish == "true"
+
     def _accept(self) -> Batch:
         idempotency = None
         if self._key is not None:
@@ -121,6 +127,7 @@ class BatchUpload(Incoming[Batch]):
             queued_at=now,
             total=summary.num_requests,
             owner=self.services.caller.owner,
+            deduplicate=self._may_deduplicate(),
         )
         input_path, work_dir = data.input_file(input_file.id), data.work_dir(batch.id)
         self._leftovers += [input_path, work_dir, data.log_file(batch.id)]

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
-import orjson
-
+from batch_app.copies import Copies
 from batch_app.engine.base import Engine, EngineRequest
 from batch_app.errors import EngineError
-from batch_app.finalize import read_request_line
 from batch_app.index import Index
+from batch_app.inputs import InputFile
 from batch_app.keeper import Delivery
-from batch_app.planner import Numbers
+from batch_app.planner import Duplicates, Numbers
 
 COLLECT_S = 0.1
 
@@ -44,7 +43,8 @@ class Check(Protocol):
 class Window:
     """Runs requests on a loaded engine, `size` of them in flight at most.
 
-    `deliver` gets what has finished (possibly nothing) and how many are still in flight.
+    `deliver` gets what has finished (possibly nothing) and how many are still in flight. What
+    finishes is the answer of those that wait for it, too.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Window:
         *,
         size: int,
         index: Index,
-        inputs: BinaryIO,
+        inputs: InputFile,
         deliver: Callable[[list[Delivery], int], None],
         check: Check,
         drain_s: float,
@@ -62,6 +62,9 @@ class Window:
         self._size = size
         self._index = index
         self._inputs = inputs
+        self._waiting = Duplicates()
+        self._copies = Copies(index, inputs)
+        self._endpoint_of = index.records["endpoint"]
         self._deliver = deliver
         self._check = check
         self._drain_s = drain_s
@@ -72,14 +75,15 @@ class Window:
         """The numbers of the requests that the engine has; after `run`: had when it ended."""
         return list(self._custom_ids)
 
-    def run(self, numbers: Numbers) -> None:
-        """Run these requests, in this order.
+    def run(self, numbers: Numbers, waiting: Duplicates) -> None:
+        """Run these requests, in this order, and answer those that wait for them.
 
         Raises:
             EngineDied, EngineHung: those in flight have no result; everything else is delivered.
             Stopped: after those in flight had `drain_s` to finish.
             Cancelled, or what else `check` raises: at once.
         """
+        self._waiting = waiting
         upcoming = iter(numbers.tolist())
         try:
             self._fill(upcoming)
@@ -101,15 +105,14 @@ class Window:
 
     def _fill(self, upcoming: Iterator[int]) -> None:
         requests: list[EngineRequest] = []
-        index = self._index
         while len(self._custom_ids) < self._size:
-            number = next(upcoming, None)
+            number = self._copies.refused.pop() if self._copies.refused else next(upcoming, None)
             if number is None:
                 break
-            line = orjson.loads(read_request_line(self._inputs, index, number))
-            self._custom_ids[number] = line["custom_id"]
-            endpoint = index.endpoints[int(index.records[number]["endpoint"])]
-            requests.append(EngineRequest(number, endpoint, orjson.dumps(line["body"])))
+            request = self._inputs.request(number)
+            self._custom_ids[number] = request.custom_id
+            endpoint = self._index.endpoints[int(self._endpoint_of[number])]
+            requests.append(EngineRequest(number, endpoint, bytes(request.body)))
         if requests:
             self._engine.submit(requests)
 
@@ -119,3 +122,8 @@ class Window:
             [Delivery(self._custom_ids.pop(outcome.number), outcome) for outcome in outcomes],
             len(self._custom_ids),
         )
+        if len(self._waiting):
+            for outcome in outcomes:
+                followers = self._waiting.of(outcome.number).tolist()
+                for deliveries in self._copies.of(outcome, followers):
+                    self._deliver(deliveries, len(self._custom_ids))

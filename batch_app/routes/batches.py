@@ -207,6 +207,7 @@ def _create_from_file(
         expires_at=expires_at,
         metadata=wish.metadata,
         priority=wish.priority,
+        deduplicate=wish.deduplicate,
         output_expires_after_s=(
             wish.output_expires_after.seconds if wish.output_expires_after else None
         ),

@@ -28,6 +28,7 @@ def progress_values(progress: Progress) -> Values:
     return {
         "completed": progress.completed,
         "failed": progress.failed,
+        "deduplicated": progress.deduplicated,
         **asdict(progress.tokens),
     }
 
@@ -52,6 +53,7 @@ def to_batch(row: Row[Any] | Mapping[str, Any]) -> Batch:
     values["progress"] = Progress(
         completed=values.pop("completed"),
         failed=values.pop("failed"),
+        deduplicated=values.pop("deduplicated"),
         tokens=TokenCounts(
             prompt_tokens=values.pop("prompt_tokens"),
             completion_tokens=values.pop("completion_tokens"),

@@ -42,10 +42,13 @@ class _Body(BaseModel):
 
 
 class ProgressBody(_Body):
+    """`deduplicated`: of the completed ones, those that got the answer of an equal request."""
+
     total: int
     completed: int
     failed: int
     percent: float
+    deduplicated: int
 
 
 class EstimateBody(_Body):
@@ -139,6 +142,7 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
             completed=batch.progress.completed,
             failed=batch.progress.failed,
             percent=percent(batch.progress.done, batch.total),
+            deduplicated=batch.progress.deduplicated,
         ),
         created_at=local_time(batch.created_at) or "",
         started_at=local_time(batch.started_at),

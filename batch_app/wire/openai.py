@@ -58,7 +58,8 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_META
 
 
 class BatchCreate(_Body):
-    """The body of `POST /v1/batches`. `priority` is this server's own: higher goes first."""
+    """The body of `POST /v1/batches`. This server's own: `priority`, of which the higher goes
+    first, and `deduplicate`, whether equal requests may be computed once."""
 
     input_file_id: str
     endpoint: str = Field(json_schema_extra={"enum": [endpoint.value for endpoint in Endpoint]})
@@ -66,6 +67,7 @@ class BatchCreate(_Body):
     metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = None
     priority: int = Field(0, ge=-100, le=100)
+    deduplicate: bool = True
 
 
 class UploadCreate(_Body):
@@ -319,6 +321,7 @@ def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIB
             completed=progress.completed,
             failed=progress.failed,
             percent=percent(progress.done, batch.total),
+            deduplicated=progress.deduplicated,
         ),
         estimate=estimate_body(estimate),
         priority=batch.priority,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
+from array import array
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import given
@@ -205,6 +207,44 @@ def test_full_disk_while_indexing(tmp_path: Path) -> None:
         intake._index._file = full
         with pytest.raises(StorageFull):
             intake.feed(lines(20_000))
+    intake.close()
+
+
+def test_the_index_tells_what_begins_alike(tmp_path: Path) -> None:
+    document = "The quick brown fox. " * 50
+    questions = [
+        [{"role": "system", "content": document}, {"role": "user", "content": question * 60}]
+        for question in ("Who? ", "What? ", "Who? ")
+    ]
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(b"\n".join(line(f"r{n}", messages=each) for n, each in enumerate(questions)))
+    index_file(path, tmp_path, RULES)
+    index = Index.load(tmp_path)
+    ends = np.cumsum(index.records["num_marks"])
+    first, second, third = (marks.tolist() for marks in np.split(index.prefixes, ends[:-1]))
+    assert len(first) == len(json.dumps(questions[0])) // 128
+    assert first == third
+    assert first[:8] == second[:8]  # of the document, 1050 bytes
+    assert first[9] != second[9]
+
+
+def test_only_what_determines_its_answer_can_have_equals(tmp_path: Path) -> None:
+    bodies: list[dict[str, object]] = [
+        {"temperature": 0},
+        {"temperature": 0},
+        {"temperature": 0, "seed": 1},
+        {"temperature": 0.5},
+        {"temperature": 0.5, "seed": 1},
+        {},
+        {"temperature": 0, "n": 2},
+    ]
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(b"\n".join(line(f"r{n}", **body) for n, body in enumerate(bodies)))
+    index_file(path, tmp_path, RULES)
+    content = Index.load(tmp_path).records["content"].tolist()
+    assert content[0] == content[1] != 0
+    assert len({*content[1:3], content[4]} - {0}) == 3
+    assert content[3] == content[5] == content[6] == 0
 
 
 class TestIndex:
@@ -218,6 +258,8 @@ class TestIndex:
                     max_tokens=-5 if number == 0 else 2**40,
                     model=f"m{number % 3}",
                     endpoint="/v1/completions",
+                    content=2**64 - 1 - number,
+                    marks=array("I", range(number)),
                 )
             writer.finish()
 
@@ -226,7 +268,8 @@ class TestIndex:
         assert len(index) == 100
         assert index.models == ("m0", "m1", "m2")
         assert index.endpoints == ("/v1/completions",)
-        assert index.records[7].tolist() == (70, 9, 8, 2**32 - 1, 1, 0)
+        assert index.records[7].tolist() == (70, 9, 8, 2**32 - 1, 2**64 - 8, 1, 0, 7)
+        assert index.prefixes[:6].tolist() == [0, 0, 1, 0, 1, 2]
         assert index.records["max_tokens"][0] == 0
 
     @pytest.mark.parametrize(
@@ -239,6 +282,8 @@ class TestIndex:
             lambda folder: (folder / "index.json").write_text('{"version": 99}'),
             lambda folder: (folder / "index.bin").write_bytes(b"short"),
             lambda folder: (folder / "index.bin").write_bytes(b""),
+            lambda folder: (folder / "prefixes.bin").unlink(),
+            lambda folder: (folder / "prefixes.bin").write_bytes(b"four"),
         ],
     )
     def test_damage_is_told(self, tmp_path: Path, damage: object) -> None:

@@ -108,6 +108,7 @@ def upgrade() -> None:
         sa.Column("total", sa.BigInteger(), nullable=False),
         sa.Column("completed", sa.BigInteger(), nullable=False),
         sa.Column("failed", sa.BigInteger(), nullable=False),
+        sa.Column("deduplicated", sa.BigInteger(), nullable=False),
         sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
         sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
         sa.Column("cached_tokens", sa.BigInteger(), nullable=False),
@@ -132,6 +133,7 @@ def upgrade() -> None:
         sa.Column("retry_of", sa.String(length=64), nullable=True),
         sa.Column("output_expires_after_s", sa.Integer(), nullable=True),
         sa.Column("passed_over_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("deduplicate", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(
             ["input_file_id"],
             ["files.id"],
