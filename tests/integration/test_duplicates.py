@@ -132,3 +132,18 @@ def test_equal_hashes_are_not_enough(site: Site) -> None:
     batch = site.wait_until_done(batch_id)
     assert (batch.progress.completed, batch.progress.deduplicated) == (100, 0)
     assert_answers_echo(site.results(batch_id), 100)
+
+
+def test_what_kills_the_engine_is_not_tried_again_for_its_equals(site: Site) -> None:
+    lines = [alike(n, n) for n in range(60)]
+    for place in (10, 40):
+        lines[place]["body"]["messages"][0]["content"] = "some arsenic"
+    batch_id = site.submit(lines, "delicate")
+    site.start_worker()
+    batch = site.wait_until_done(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert (batch.progress.completed, batch.progress.failed) == (58, 2)
+    unanswered = [line for line in site.results(batch_id) if line["response"] is None]
+    assert [line["custom_id"] for line in unanswered] == ["r10", "r40"]
+    assert {line["error"]["code"] for line in unanswered} == {"request_quarantined"}
+    assert site.log(batch_id).count("is quarantined") == 1
