@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import struct
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ import orjson
 
 from batch_app.errors import IndexUnreadable
 from batch_app.files import atomic_writer, no_room_is_storage_full
+from batch_app.prefixes import FINGERPRINT_BYTES
 
 VERSION = 2
 #: `offset` and `length` in bytes; `line` from 1; `max_tokens` 0 where the line sets none;
@@ -39,9 +39,8 @@ DTYPE = np.dtype(
         ("num_marks", "<u2"),
     ]
 )
-_RECORD = struct.Struct("<QIIIQHHH")
+_pack = struct.Struct("<QIIIQHHH").pack
 _FLUSH_BYTES = 1 << 18
-NO_MARKS: array[int] = array("I")
 
 
 class IndexWriter:
@@ -53,7 +52,8 @@ class IndexWriter:
         self._prefixes = (folder / "prefixes.bin").open("wb")
         self._buffer = bytearray()
         self._marks = bytearray()
-        self._names: dict[str, dict[str, int]] = {"models": {}, "endpoints": {}}
+        self._models: dict[str, int] = {}
+        self._endpoints: dict[str, int] = {}
         self._num_marks = 0
         self.num_requests = 0
 
@@ -79,23 +79,25 @@ class IndexWriter:
         model: str,
         endpoint: str,
         content: int = 0,
-        marks: array[int] = NO_MARKS,
+        marks: bytes = b"",
     ) -> None:
-        models, endpoints = self._names["models"], self._names["endpoints"]
-        self._buffer += _RECORD.pack(
+        """`marks`: the fingerprints of its prompt."""
+        models, endpoints = self._models, self._endpoints
+        num_marks = len(marks) // FINGERPRINT_BYTES
+        self._buffer += _pack(
             offset,
             length,
             line,
-            min(max(max_tokens, 0), 0xFFFFFFFF),
+            max_tokens if 0 <= max_tokens < 2**32 else min(max(max_tokens, 0), 2**32 - 1),
             content,
             models.setdefault(model, len(models)),
             endpoints.setdefault(endpoint, len(endpoints)),
-            len(marks),
+            num_marks,
         )
-        self._marks += marks.tobytes()
+        self._marks += marks
         self.num_requests += 1
-        self._num_marks += len(marks)
-        if len(self._buffer) + len(self._marks) >= _FLUSH_BYTES:
+        self._num_marks += num_marks
+        if len(self._buffer) >= _FLUSH_BYTES:
             self._flush()
 
     def finish(self) -> None:
@@ -109,8 +111,8 @@ class IndexWriter:
             "version": VERSION,
             "num_requests": self.num_requests,
             "num_marks": self._num_marks,
-            "models": list(self._names["models"]),
-            "endpoints": list(self._names["endpoints"]),
+            "models": list(self._models),
+            "endpoints": list(self._endpoints),
         }
         with atomic_writer(self._folder / "index.json") as file:
             file.write(orjson.dumps(header))

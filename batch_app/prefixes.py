@@ -7,13 +7,16 @@ and what is shared is known to within an eighth of its length. Nobody needs the 
 
 from __future__ import annotations
 
-import zlib
-from array import array
+import struct
+from bisect import bisect_right
 from itertools import pairwise
+from zlib import crc32
 
 STRIDE_BYTES = 128
 EVEN_MARKS = 16  # as far as the marks lie one stride apart
 MAX_MARKS = 64
+#: Of one fingerprint, an unsigned little-endian integer.
+FINGERPRINT_BYTES = 4
 
 
 def _marks() -> tuple[int, ...]:
@@ -25,26 +28,21 @@ def _marks() -> tuple[int, ...]:
 
 #: Depths in bytes at which a prompt is fingerprinted: 128, 256, … 2048, 2304, … 613,000.
 MARKS = _marks()
-_STRETCHES = tuple(pairwise((0, *MARKS)))
-_DTYPE_CODE = next(code for code in "IL" if array(code).itemsize == 4)
+#: By number of marks: the stretches between them, and what puts their fingerprints into bytes.
+_STRETCHES = [tuple(pairwise((0, *MARKS[:number]))) for number in range(MAX_MARKS + 1)]
+_PACK = [struct.Struct(f"<{number}I").pack for number in range(MAX_MARKS + 1)]
 
 
-def fingerprints(head: bytes, stream: bytes) -> array[int]:
-    """One unsigned 32-bit number for each mark that `stream` reaches.
+def fingerprints(head: bytes, stream: bytes) -> bytes:
+    """`FINGERPRINT_BYTES` for each mark that `stream` reaches.
 
     `stream` is the prompt as the request's line spells it, `head` whatever is rendered in front of
-    it (tools, template arguments). A number is the CRC-32 of head and stream up to its mark: two
-    prefixes that differ have the same one by chance once in 4 billion, which costs a little order.
+    it (tools, template arguments). A fingerprint is the CRC-32 of head and stream up to its mark:
+    two prefixes that differ have the same one by chance once in 4 billion, which costs a little
+    order.
     """
-    length = len(stream)
-    found = array(_DTYPE_CODE)
-    if length < STRIDE_BYTES:
-        return found
-    crc = zlib.crc32(head) if head else 0
-    crc32, append = zlib.crc32, found.append
-    for start, end in _STRETCHES:
-        if end > length:
-            break
-        crc = crc32(stream[start:end], crc)
-        append(crc)
-    return found
+    number = bisect_right(MARKS, len(stream))
+    crc = crc32(head) if head else 0
+    return _PACK[number](
+        *[crc := crc32(stream[start:end], crc) for start, end in _STRETCHES[number]]
+    )

@@ -259,7 +259,7 @@ class TestIndex:
                     model=f"m{number % 3}",
                     endpoint="/v1/completions",
                     content=2**64 - 1 - number,
-                    marks=array("I", range(number)),
+                    marks=array("I", range(number)).tobytes(),
                 )
             writer.finish()
 
