@@ -76,6 +76,11 @@ _NATIVE_FORM = form_schema(
             "description": "A model of GET /v1/models, or an alias of one. It runs all requests, "
             "whatever their bodies say.",
         },
+        "deduplicate": {
+            "type": "string",
+            "enum": ["true", "false"],
+            "description": "false: compute each of several equal requests. Default true.",
+        },
     },
     ["file", "model"],
 )

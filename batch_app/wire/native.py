@@ -42,13 +42,10 @@ class _Body(BaseModel):
 
 
 class ProgressBody(_Body):
-    """`deduplicated`: of the completed ones, those that got the answer of an equal request."""
-
     total: int
     completed: int
     failed: int
     percent: float
-    deduplicated: int
 
 
 class EstimateBody(_Body):
@@ -61,7 +58,10 @@ class EstimateBody(_Body):
 
 
 class BatchBody(_Body):
-    """A batch. Times are UTC without a zone, as the guide prints them."""
+    """A batch. Times are UTC without a zone, as the guide prints them.
+
+    `deduplicated`: of the finished requests, those that got the answer of an equal one.
+    """
 
     batch_id: str
     model: str
@@ -75,6 +75,7 @@ class BatchBody(_Body):
     error_message: str | None
     results_url: str | None
     estimate: EstimateBody | None
+    deduplicated: int
 
 
 class ModelBody(_Body):
@@ -142,7 +143,6 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
             completed=batch.progress.completed,
             failed=batch.progress.failed,
             percent=percent(batch.progress.done, batch.total),
-            deduplicated=batch.progress.deduplicated,
         ),
         created_at=local_time(batch.created_at) or "",
         started_at=local_time(batch.started_at),
@@ -152,6 +152,7 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
         error_message=batch.error_message,
         results_url=results_url(batch),
         estimate=estimate_body(estimate),
+        deduplicated=batch.progress.deduplicated,
     )
 
 

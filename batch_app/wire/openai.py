@@ -178,7 +178,8 @@ class UsageBody(_Body):
 
 
 class OpenAIBatchBody(_Body):
-    """A batch. `progress`, `estimate`, `priority` and `retry_of` are this server's own."""
+    """A batch. `progress`, `estimate`, `priority`, `retry_of` and `deduplicated` (requests that
+    got the answer of an equal one) are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -206,6 +207,7 @@ class OpenAIBatchBody(_Body):
     estimate: EstimateBody | None
     priority: int
     retry_of: str | None
+    deduplicated: int
 
 
 class OpenAIModelBody(_Body):
@@ -321,11 +323,11 @@ def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIB
             completed=progress.completed,
             failed=progress.failed,
             percent=percent(progress.done, batch.total),
-            deduplicated=progress.deduplicated,
         ),
         estimate=estimate_body(estimate),
         priority=batch.priority,
         retry_of=batch.retry_of,
+        deduplicated=progress.deduplicated,
     )
 
 

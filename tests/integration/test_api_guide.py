@@ -25,6 +25,7 @@ BATCH_FIELDS = [
     "error_message",
     "results_url",
     "estimate",
+    "deduplicated",
 ]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
@@ -89,6 +90,22 @@ def test_alias_and_file_name(api: Api) -> None:
     assert api.store.get_file(batch.input_file_id).filename == "batch.jsonl"
     assert api.data.input_file(batch.input_file_id).read_bytes() == input_file(3)
     assert api.data.wakeup_file.exists()
+
+
+def test_a_batch_may_have_every_request_computed(api: Api) -> None:
+    def submit(**fields: str) -> requests.Response:
+        return requests.post(
+            f"{api.url}/v1/batches",
+            files={"file": ("batch.jsonl", input_file(2))},
+            data={"model": GUIDE_MODEL} | fields,
+            timeout=30,
+        )
+
+    assert api.batch(submit(deduplicate="false").json()["batch_id"]).deduplicate is False
+    assert api.batch(submit().json()["batch_id"]).deduplicate is True
+    refusal = submit(deduplicate="perhaps")
+    assert refusal.status_code == 400
+    assert refusal.json()["error"]["param"] == "deduplicate"
 
 
 def test_status_of_running_and_completed(api: Api) -> None:
