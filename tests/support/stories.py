@@ -132,6 +132,9 @@ class NoBenchmarks:
     def write(self, record: object) -> None:
         pass
 
+    def latest(self, model: str) -> None:
+        return None
+
 
 class World:
     """One server's folder and app; `reset` makes it new for the next story."""
