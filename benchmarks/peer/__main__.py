@@ -29,7 +29,7 @@ from benchmarks.peer.infinite_cache import infinite_hit_share, tokenized
 from benchmarks.peer.machine import Machine, commit, this_machine, versions
 from benchmarks.peer.observe import RunFailed
 from benchmarks.peer.plot import NoMatplotlib, plot
-from benchmarks.peer.report import print_report, write_report
+from benchmarks.peer.report import MOST_MB, print_report, write_report
 from benchmarks.peer.workloads import HIT_OF_INFINITE, WORKLOADS, DataMissing, Limits, Workload
 
 REPOSITORY = Path(__file__).parents[2]
@@ -39,7 +39,6 @@ SPECIAL = {
     MILLION: "a million requests around the simulated engine: rates, and memory of each process",
     RESUME: "kill -9 at 90% and a second run: what was computed twice",
 }
-MOST_MB = 400.0
 Report = dict[str, Any]
 #: Of tables that go to a file.
 PLAIN_WIDTH = 120

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peer.report import TITLES
+from benchmarks.peer.report import MOST_MB, TITLES
 from benchmarks.peer.workloads import WORKLOADS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,6 +84,13 @@ def _targets(reports: Iterable[Report]) -> str:
             f"| **{run['begun_twice']:,}** | | {'yes' if run['reached'] else 'no'} |"
             for run in report.get("resume", ())
         ]
+        if "figures" in report:
+            figures = report["figures"]
+            rows += [
+                f"| {report['workload']}, {figures['num_requests']:,} | {who}, peak MB | < {MOST_MB:g} | "
+                f"| **{figures[name]:,.0f}** | | {'yes' if figures[name] < MOST_MB else 'no'} |"
+                for who, name in (("API server", "api_peak_mb"), ("worker", "worker_peak_mb"))
+            ]
     if not rows:
         return ""
     head = "| workload | what | target | min | median | max | reached |"

@@ -17,6 +17,8 @@ from benchmarks.peer.contenders import Run
 from benchmarks.peer.workloads import HIT_OF_INFINITE, OURS, STEADY, WALL, Workload
 
 MEMORY = "peak_mb"
+#: What API server and worker may each take at a million requests, in 10^6 bytes.
+MOST_MB = 400.0
 #: Where less is better, a ratio is theirs over ours.
 LESS_IS_BETTER = frozenset({WALL, MEMORY})
 SPREAD_METRICS = (

@@ -128,6 +128,21 @@ def test_the_page_is_made_of_the_reports(tmp_path: Path) -> None:
     assert markdown.page_with(section, made) == made
 
 
+def test_the_page_tells_memory_and_what_ran_twice(tmp_path: Path) -> None:
+    base = {name: a_report()[name] for name in ("about", "command", "machine", "versions")}
+    million = {"num_requests": 1_000_000, "api_peak_mb": 120.4, "worker_peak_mb": 512.0}
+    resume = {"num_requests": 3000, "window": 1024, "begun_twice": 300, "reached": True}
+    for report in (
+        base | {"workload": "million", "figures": million},
+        base | {"workload": "resume", "resume": [resume]},
+    ):
+        (tmp_path / f"{report['workload']}.json").write_text(json.dumps(report))
+    section = markdown.render(markdown.load_reports(tmp_path))
+    assert "| resume | begun twice, of 3,000 | ≤ 1,024 | | **300** | | yes |" in section
+    assert "| million, 1,000,000 | API server, peak MB | < 400 | | **120** | | yes |" in section
+    assert "| million, 1,000,000 | worker, peak MB | < 400 | | **512** | | no |" in section
+
+
 def write_answers(path: Path, *answers: tuple[str, int, int]) -> None:
     with path.open("w") as file:
         for custom_id, completion_tokens, status in answers:
