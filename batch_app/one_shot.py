@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -36,9 +37,10 @@ from batch_app.files import (
     remove_tree,
     sync_dir,
 )
-from batch_app.intake import IntakeRules, index_file
+from batch_app.intake import index_file
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
+from batch_app.validation import intake_rules
 from batch_app.worker import EXIT_AT_ONCE, Worker
 
 LOOK_EVERY_S = 0.25
@@ -163,15 +165,20 @@ class OneShot:
             )
 
     def _add_batch(self, store: Store) -> Batch:
-        batch_id, file_id = new_id("batch"), new_id("file")
-        rules = IntakeRules(
-            registry=ModelRegistry.load(self._settings.models),
+        now = utc_now()
+        batch = Batch(
+            id=new_id("batch"),
+            dialect=Dialect.NATIVE,
+            status=BatchStatus.QUEUED,
+            endpoint="",
             model=self._model,
-            max_line_bytes=self._settings.max_line_bytes,
-            max_requests=self._settings.max_requests_per_batch,
-            max_errors=self._settings.max_line_errors,
+            input_file_id=new_id("file"),
+            created_at=now,
+            queued_at=now,
+            total=0,
         )
-        input_path = self._data.input_file(file_id)
+        rules = intake_rules(batch, self._settings, ModelRegistry.load(self._settings.models))
+        input_path = self._data.input_file(batch.input_file_id)
         try:
             with IncomingFolder(self._data) as folder:
                 # A copy: the original may be edited in place while the batch runs.
@@ -180,28 +187,18 @@ class OneShot:
                     _sync_file(input_path)
                     sync_dir(input_path.parent)
                 summary = index_file(input_path, folder, rules)
-                move_durably(folder, self._data.work_dir(batch_id))
+                move_durably(folder, self._data.work_dir(batch.id))
         except BadLines:
             remove_tree(self._folder)
             raise
-        now = utc_now()
+        batch = replace(batch, endpoint=summary.endpoints[0], total=summary.num_requests)
         size_bytes = input_path.stat().st_size
-        batch = Batch(
-            id=batch_id,
-            dialect=Dialect.NATIVE,
-            status=BatchStatus.QUEUED,
-            endpoint=summary.endpoints[0],
-            model=self._model,
-            input_file_id=file_id,
-            created_at=now,
-            queued_at=now,
-            total=summary.num_requests,
-        )
         BatchLog(self._data.log_file(batch.id)).write(
-            f"submitted: {summary.num_requests} requests, {size_bytes} bytes, model {self._model}"
+            f"submitted: {batch.total} requests, {size_bytes} bytes, model {self._model}"
         )
         return store.add_batch(
-            batch, StoredFile(file_id, FilePurpose.BATCH, self._source.name, size_bytes, now)
+            batch,
+            StoredFile(batch.input_file_id, FilePurpose.BATCH, self._source.name, size_bytes, now),
         )
 
     # -- running -------------------------------------------------------------------------------
