@@ -163,7 +163,9 @@ class Batch:
     """A Batch as the store knows it. Times are aware UTC, durations seconds.
 
     `epoch` counts the claims of this batch; a worker that writes under an older epoch than the
-    stored one changes nothing (fencing). `lease_expires_at` is None when nobody holds it.
+    stored one changes nothing (fencing). `lease_owner` is None when nobody holds it; who does
+    counts `heartbeats` up, and is believed gone when that stood still for `lease_s` seconds.
+    `pause_reason`: why it can't go on at the moment, though its turn has come.
     `expires_at` ends its completion window; None: it has all the time there is. Files published for
     it expire `output_expires_after_s` after they were made. `passed_over_at`: see `Waiting`.
     `deduplicate`: whether equal requests may be computed once.
@@ -196,7 +198,9 @@ class Batch:
     throughput_tokens_per_s: float | None = None
     epoch: int = 0
     lease_owner: str | None = None
-    lease_expires_at: datetime | None = None
+    lease_s: float | None = None
+    heartbeats: int = 0
+    pause_reason: str | None = None
     owner: str | None = None
     provenance: Mapping[str, Any] | None = None
     priority: int = 0

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 import orjson
 
@@ -48,14 +47,12 @@ class Keeper:
         log: ResultsLog,
         batch_log: BatchLog,
         settings: Settings,
-        clock: Callable[[], datetime],
     ) -> None:
         self._store = store
         self._batch = batch
         self._log = log
         self._batch_log = batch_log
         self._settings = settings
-        self._clock = clock
         self._lock = threading.Condition()
         self._backlog: list[Delivery] = []
         self._busy = False
@@ -163,7 +160,10 @@ class Keeper:
         progress = self._log.progress
         try:
             status = self._store.renew(
-                self._batch, lease_s=self._settings.lease_s, now=self._clock(), progress=progress
+                self._batch,
+                lease_s=self._settings.lease_s,
+                progress=progress,
+                goes_on=progress != self._told,
             )
         except StoreUnavailable as error:
             # The results are safe; only the telling waits. Should the lease run out meanwhile and

@@ -70,7 +70,7 @@ class Validation:
 
         Raises StoreUnavailable, StorageFull, OSError: the batch is checked again later.
         """
-        batch = self.store.claim_to_validate(self.holder, LEASE_S, self.clock())
+        batch = self.store.claim_to_validate(self.holder, LEASE_S)
         if batch is None:
             return False
         try:
@@ -104,7 +104,6 @@ class Validation:
             total=summary.num_requests,
             model=summary.models[0],
             lease_owner=None,
-            lease_expires_at=None,
         )
         log.write(
             f"checked: {summary.num_requests} requests, "
@@ -137,7 +136,7 @@ class Validation:
             if time.monotonic() < next_beat:
                 return
             next_beat = time.monotonic() + RENEW_EVERY_S
-            status = self.store.renew(batch, lease_s=LEASE_S, now=self.clock())
+            status = self.store.renew(batch, lease_s=LEASE_S)
             if status is not BatchStatus.VALIDATING:
                 raise LeaseLost(f"Batch {batch.id} is {status.value} already.")
 

@@ -26,8 +26,9 @@ import psutil
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed, close_with_results_so_far
+from batch_app.clock import DueClock
 from batch_app.config import Settings, load_settings
-from batch_app.core import Batch, BatchStatus, Choice, Waiting, utc_now
+from batch_app.core import Batch, BatchStatus, Choice, Waiting
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
@@ -68,8 +69,9 @@ class Worker:
         settings: Settings,
         *,
         stop: threading.Event,
-        clock: Callable[[], datetime] = utc_now,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
+        clock = clock or DueClock()
         self.id = new_id("worker")
         self._settings = settings
         self._stop = stop
@@ -94,11 +96,13 @@ class Worker:
             slot=self._slot,
             benchmarks=self._benchmarks,
             stop=stop,
+            clock=clock,
         )
         self._wakeup = WakeupFile(self._data.wakeup_file)
         self._started_at = clock()
         self._batch_id: str | None = None
         self._pause_s = 0.0
+        self._kept: tuple[Batch, str] | None = None  # still to be given back, and why
 
     def run(self) -> None:
         """Work until `stop` is set."""
@@ -129,6 +133,7 @@ class Worker:
 
     def _claim(self) -> Batch | None:
         try:
+            self._give_back()
             self._release_dead_workers()
             now = self._clock()
             return self._store.claim_next(
@@ -195,16 +200,24 @@ class Worker:
             batch_log.write(f"Paused for {self._pause_s:.0f} s: {reason}")
         except OSError:
             logger.warning("The log of %s can't be written either.", batch.id)
+        self._kept = (batch, reason)
         try:
-            self._store.release(batch)
+            self._give_back()
         except (BatchAppError, OSError):
-            logger.warning("%s will be free when its lease has run out.", batch.id)
+            logger.warning("%s is given back when the database answers.", batch.id)
+
+    def _give_back(self) -> None:
+        if self._kept is not None:
+            batch, reason = self._kept
+            with contextlib.suppress(LeaseLost):
+                self._store.release(batch, reason)
+            self._kept = None
 
     def _fail(self, batch: Batch, batch_log: BatchLog, message: str) -> None:
         """End a batch that met a defect of ours, with its results so far."""
         to, unfinished = BatchStatus.FAILED, Unfinished("batch_failed", message)
         try:
-            status = self._store.renew(batch, lease_s=CLOSING_LEASE_S, now=self._clock())
+            status = self._store.renew(batch, lease_s=CLOSING_LEASE_S)
             if status is BatchStatus.CANCELLING:
                 to, unfinished = BatchStatus.CANCELLED, CANCELLED
             closed = self._close(self._store.get_batch(batch.id), unfinished)

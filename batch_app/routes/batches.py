@@ -351,6 +351,7 @@ def _log(own: Services, batch: Batch, message: str) -> None:
 
 def _answer(own: Services, batch: Batch, dialect: Dialect | None) -> Response:
     estimate = own.estimate(batch)
+    batch = own.with_pause_reason(batch)
     body: BaseModel
     if (dialect or batch.dialect) is Dialect.OPENAI:
         body = openai_batch_body(batch, estimate)

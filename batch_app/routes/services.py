@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from threading import Event
@@ -17,6 +18,7 @@ from batch_app.access import Access
 from batch_app.audit import AuditLog
 from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
+from batch_app.clock import DueClock
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, utc_now
 from batch_app.errors import NotFound
@@ -28,13 +30,15 @@ from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.keys import Caller
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
-from batch_app.store import Store
+from batch_app.store import LEASED, Store
 from batch_app.validation import Validation
 
 #: Another server may have left something to do; one's own wakes at once.
 VALIDATION_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 1.0
 NOTE_KEY_USES_EVERY_S = 60.0
+#: With less room than this a worker can't go on.
+FULL_BYTES = 64 * 1024
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
 _WAITING = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
 
@@ -48,7 +52,7 @@ class Services:
     store: Store
     registry: ModelRegistry
     benchmarks: BenchmarkFolder
-    clock: Callable[[], datetime] = utc_now
+    clock: Callable[[], datetime] = field(default_factory=DueClock)
     stopping: Event = field(default_factory=Event)
     keys_in_use: KeysInUse = field(default_factory=KeysInUse)
     upload_limiter: CapacityLimiter = field(
@@ -141,6 +145,21 @@ class Services:
             return estimate(batch.total, record, self.clock(), ahead_s=self._wait_s(ahead))
         remaining = max(batch.total - batch.progress.done, 0)
         return estimate(remaining, record, self.clock(), loads_model=batch.progress.done == 0)
+
+    def with_pause_reason(self, batch: Batch) -> Batch:
+        """The batch, with what this server sees for itself when the worker can't tell any more:
+        a disk that takes no results takes no reason either."""
+        if batch.pause_reason or batch.status not in LEASED:
+            return batch
+        try:
+            disk = os.statvfs(self.data.root)
+        except OSError:
+            return replace(batch, pause_reason="The data folder can't be reached.")
+        if disk.f_flag & os.ST_RDONLY:
+            return replace(batch, pause_reason="The data folder's disk is read-only.")
+        if disk.f_bavail * disk.f_frsize < FULL_BYTES:
+            return replace(batch, pause_reason="No space left on the data folder's disk.")
+        return batch
 
     def estimates(self, page: Iterable[Batch]) -> list[Estimate | None]:
         """The same for a page of the list, newest first, with one look at the store for all."""

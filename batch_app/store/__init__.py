@@ -8,7 +8,7 @@ All methods raise `StoreUnavailable` (retriable) when the database does not answ
 `StorageFull` when its disk is full.
 """
 
-from batch_app.store.batches import BatchStore
+from batch_app.store.batches import LEASED, BatchStore
 from batch_app.store.files import FileStore, require_pending
 from batch_app.store.keys import KeyStore
 from batch_app.store.leases import LeaseStore
@@ -16,7 +16,7 @@ from batch_app.store.remains import RemainsStore
 from batch_app.store.totals import ModelLoads, Totals, TotalsStore
 from batch_app.store.workers import WorkerRow, WorkerStore
 
-__all__ = ["ModelLoads", "Store", "Totals", "WorkerRow", "require_pending"]
+__all__ = ["LEASED", "ModelLoads", "Store", "Totals", "WorkerRow", "require_pending"]
 
 
 class Store(FileStore, BatchStore, LeaseStore, WorkerStore, KeyStore, RemainsStore, TotalsStore):

@@ -205,7 +205,7 @@ class BatchStore(Transactions):
                     code="batch_not_cancellable",
                 )
             # Who checks its lines at the moment is not to be waited for.
-            freed = {"epoch": batch.epoch + 1, "lease_owner": None, "lease_expires_at": None}
+            freed = {"epoch": batch.epoch + 1, "lease_owner": None}
             changes = freed if batch.status in NOT_BEGUN else {}
             return change_state(connection, batch, BatchStatus.CANCELLING, now, **changes)
 
@@ -260,9 +260,14 @@ def change_state(
             f"Batch {batch.id} can't go from {batch.status.value} to {to.value}.",
             code="invalid_transition",
         )
-    changes: dict[str, Any] = {"status": to.value, _STAMPS[to]: now, **values}
+    changes: dict[str, Any] = {
+        "status": to.value,
+        _STAMPS[to]: now,
+        "pause_reason": None,
+        **values,
+    }
     if to in TERMINAL:
-        changes |= {"lease_owner": None, "lease_expires_at": None}
+        changes["lease_owner"] = None
     progress = changes.pop("progress", None)
     if progress is not None:
         changes |= progress_values(progress)

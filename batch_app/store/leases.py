@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
@@ -13,6 +13,7 @@ from batch_app.core import Batch, BatchStatus, Choice, Progress, Waiting
 from batch_app.database import batches
 from batch_app.errors import LeaseLost
 from batch_app.store.batches import LEASED, change_state, get_batch
+from batch_app.store.lease_watch import Lease, LeaseWatch
 from batch_app.store.rows import progress_values, to_batch
 from batch_app.store.transactions import Transactions
 
@@ -28,6 +29,10 @@ def oldest(waiting: Sequence[Waiting]) -> Choice | None:
 
 
 class LeaseStore(Transactions):
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.lease_watch = LeaseWatch()
+
     def claim_next(
         self, worker_id: str, lease_s: float, now: datetime, pick: Pick = oldest
     ) -> Batch | None:
@@ -41,16 +46,15 @@ class LeaseStore(Transactions):
             batches.c.status.in_([status.value for status in LEASED]),
             batches.c.started_at.is_not(None),
         )
-        claimable = and_(or_(batches.c.status == BatchStatus.QUEUED.value, begun), _unleased(now))
-        with self._read() as connection:
-            # A look that locks nothing: an idle worker polls often.
-            if connection.scalar(select(batches.c.id).where(claimable).limit(1)) is None:
-                return None
+        wanted = or_(batches.c.status == BatchStatus.QUEUED.value, begun)
+        if not self._is_any_free(wanted):
+            return None
         with self._write() as connection:
+            claimable = and_(wanted, self._is_free(connection))
             choice = pick(_waiting(connection, claimable))
             if choice is None:
                 return None
-            batch = _claim(connection, choice.batch_id, claimable, worker_id, lease_s, now)
+            batch = self._claim(connection, choice.batch_id, claimable, worker_id, lease_s)
             if batch is None:
                 return None
             connection.execute(
@@ -63,14 +67,10 @@ class LeaseStore(Transactions):
                 return change_state(connection, batch, BatchStatus.RUNNING, now)
             return batch
 
-    def claim_to_validate(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
+    def claim_to_validate(self, holder: str, lease_s: float) -> Batch | None:
         """Give the caller the oldest batch whose lines are to be checked."""
-        return self._claim_oldest(
-            and_(batches.c.status == BatchStatus.VALIDATING.value, _unleased(now)),
-            holder,
-            lease_s,
-            now,
-        )
+        wanted = batches.c.status == BatchStatus.VALIDATING.value
+        return self._claim_oldest(wanted, holder, lease_s)
 
     def claim_to_close(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
         """Give the caller a batch that has to end, cancelled or out of time, and is in nobody's
@@ -80,33 +80,40 @@ class LeaseStore(Transactions):
             batches.c.status.in_([BatchStatus.QUEUED.value, BatchStatus.RUNNING.value]),
             batches.c.expires_at < now,
         )
-        return self._claim_oldest(
-            and_(or_(cancelled, overdue), _unleased(now)), holder, lease_s, now
-        )
+        return self._claim_oldest(or_(cancelled, overdue), holder, lease_s)
 
     def renew(
         self,
         batch: Batch,
         *,
         lease_s: float,
-        now: datetime,
         progress: Progress | None = None,
+        goes_on: bool = False,
     ) -> BatchStatus:
         """Keep the lease, and tell how far the batch is. Returns its status as it stands now.
 
-        Raises LeaseLost if the batch's epoch is no longer this one's.
+        `goes_on`: whatever it was paused for is over. Raises LeaseLost if the batch's epoch is no
+        longer this one's.
         """
-        values: dict[str, Any] = {"lease_expires_at": now + timedelta(seconds=lease_s)}
+        values: dict[str, Any] = {"lease_s": lease_s, "heartbeats": batches.c.heartbeats + 1}
         if progress is not None:
             values |= progress_values(progress)
+        if goes_on:
+            values["pause_reason"] = None
         with self._write() as connection:
             _fenced_update(connection, batch, values)
-            return get_batch(connection, batch.id).status
+            renewed = get_batch(connection, batch.id)
+        self.lease_watch.saw(_lease(renewed))
+        return renewed.status
 
-    def release(self, batch: Batch) -> None:
-        """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost."""
+    def release(self, batch: Batch, pause_reason: str | None = None) -> None:
+        """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost.
+
+        `pause_reason`: why this worker couldn't; it stands there until one can.
+        """
+        values = {"lease_owner": None, "pause_reason": pause_reason}
         with self._write() as connection:
-            _fenced_update(connection, batch, {"lease_owner": None, "lease_expires_at": None})
+            _fenced_update(connection, batch, values)
 
     def release_dead(self, worker_id: str) -> int:
         """Free the batches of a worker known to be dead, without waiting for their leases.
@@ -118,24 +125,85 @@ class LeaseStore(Transactions):
                 update(batches)
                 .where(batches.c.lease_owner == worker_id)
                 .where(batches.c.status.in_([status.value for status in LEASED]))
-                .values(lease_owner=None, lease_expires_at=None)
+                .values(lease_owner=None)
             )
         return int(result.rowcount)
 
     def _claim_oldest(
-        self, condition: ColumnElement[bool], holder: str, lease_s: float, now: datetime
+        self, wanted: ColumnElement[bool], holder: str, lease_s: float
     ) -> Batch | None:
-        query = select(batches.c.id).where(condition).order_by(batches.c.seq).limit(1)
-        with self._read() as connection:
-            batch_id = connection.scalar(query)
-        if batch_id is None:
+        if not self._is_any_free(wanted):
             return None
         with self._write() as connection:
-            return _claim(connection, batch_id, condition, holder, lease_s, now)
+            claimable = and_(wanted, self._is_free(connection))
+            query = select(batches.c.id).where(claimable).order_by(batches.c.seq).limit(1)
+            batch_id = connection.scalar(query)
+            if batch_id is None:
+                return None
+            return self._claim(connection, batch_id, claimable, holder, lease_s)
+
+    def _is_any_free(self, wanted: ColumnElement[bool]) -> bool:
+        """A look that locks nothing: idle processes look often."""
+        with self._read() as connection:
+            claimable = and_(wanted, self._is_free(connection))
+            return connection.scalar(select(batches.c.id).where(claimable).limit(1)) is not None
+
+    def _is_free(self, connection: Connection) -> ColumnElement[bool]:
+        """In nobody's hands, or in those of somebody who is believed gone."""
+        over = self.lease_watch.run_out(_leases(connection))
+        return or_(
+            batches.c.lease_owner.is_(None),
+            *(
+                and_(
+                    batches.c.id == lease.batch_id,
+                    batches.c.epoch == lease.epoch,
+                    batches.c.heartbeats == lease.heartbeats,
+                )
+                for lease in over
+            ),
+        )
+
+    def _claim(
+        self,
+        connection: Connection,
+        batch_id: str,
+        condition: ColumnElement[bool],
+        holder: str,
+        lease_s: float,
+    ) -> Batch | None:
+        """Lease this batch to the holder; None if somebody else was faster."""
+        query = select(batches).where(batches.c.id == batch_id).where(condition)
+        row = connection.execute(query.with_for_update(skip_locked=True)).first()
+        if row is None:
+            return None
+        connection.execute(
+            update(batches)
+            .where(batches.c.id == batch_id)
+            .values(
+                epoch=to_batch(row).epoch + 1,
+                lease_owner=holder,
+                lease_s=lease_s,
+                heartbeats=batches.c.heartbeats + 1,
+            )
+        )
+        claimed = get_batch(connection, batch_id)
+        self.lease_watch.saw(_lease(claimed))
+        return claimed
 
 
-def _unleased(now: datetime) -> ColumnElement[bool]:
-    return or_(batches.c.lease_expires_at.is_(None), batches.c.lease_expires_at < now)
+def _leases(connection: Connection) -> list[Lease]:
+    """All that are held."""
+    unfinished = [status.value for status in (BatchStatus.VALIDATING, *LEASED)]
+    rows = connection.execute(
+        select(batches.c.id, batches.c.epoch, batches.c.heartbeats, batches.c.lease_s)
+        .where(batches.c.status.in_([*unfinished, BatchStatus.QUEUED.value]))
+        .where(batches.c.lease_owner.is_not(None))
+    )
+    return [Lease(row.id, row.epoch, row.heartbeats, row.lease_s or 0.0) for row in rows]
+
+
+def _lease(batch: Batch) -> Lease:
+    return Lease(batch.id, batch.epoch, batch.heartbeats, batch.lease_s or 0.0)
 
 
 def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Waiting]:
@@ -165,31 +233,6 @@ def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Wai
         )
         for row in rows
     ]
-
-
-def _claim(
-    connection: Connection,
-    batch_id: str,
-    condition: ColumnElement[bool],
-    holder: str,
-    lease_s: float,
-    now: datetime,
-) -> Batch | None:
-    """Lease this batch to the holder; None if somebody else was faster."""
-    query = select(batches).where(batches.c.id == batch_id).where(condition)
-    row = connection.execute(query.with_for_update(skip_locked=True)).first()
-    if row is None:
-        return None
-    connection.execute(
-        update(batches)
-        .where(batches.c.id == batch_id)
-        .values(
-            epoch=to_batch(row).epoch + 1,
-            lease_owner=holder,
-            lease_expires_at=now + timedelta(seconds=lease_s),
-        )
-    )
-    return get_batch(connection, batch_id)
 
 
 def _fenced_update(connection: Connection, batch: Batch, values: dict[str, Any]) -> None:

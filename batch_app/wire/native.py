@@ -76,6 +76,7 @@ class BatchBody(_Body):
     results_url: str | None
     estimate: EstimateBody | None
     deduplicated: int
+    pause_reason: str | None
 
 
 class ModelBody(_Body):
@@ -153,6 +154,7 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
         results_url=results_url(batch),
         estimate=estimate_body(estimate),
         deduplicated=batch.progress.deduplicated,
+        pause_reason=batch.pause_reason,
     )
 
 

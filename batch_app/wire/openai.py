@@ -178,8 +178,8 @@ class UsageBody(_Body):
 
 
 class OpenAIBatchBody(_Body):
-    """A batch. `progress`, `estimate`, `priority`, `retry_of` and `deduplicated` (requests that
-    got the answer of an equal one) are this server's own."""
+    """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
+    the answer of an equal one) and `pause_reason` are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -208,6 +208,7 @@ class OpenAIBatchBody(_Body):
     priority: int
     retry_of: str | None
     deduplicated: int
+    pause_reason: str | None
 
 
 class OpenAIModelBody(_Body):
@@ -328,6 +329,7 @@ def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIB
         priority=batch.priority,
         retry_of=batch.retry_of,
         deduplicated=progress.deduplicated,
+        pause_reason=batch.pause_reason,
     )
 
 

@@ -26,6 +26,7 @@ BATCH_FIELDS = [
     "results_url",
     "estimate",
     "deduplicated",
+    "pause_reason",
 ]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
@@ -114,7 +115,7 @@ def test_status_of_running_and_completed(api: Api) -> None:
     claimed = api.store.claim_next("worker", 30, now)
     assert claimed is not None
     tokens = TokenCounts(prompt_tokens=40_000, completion_tokens=17_310)
-    api.store.renew(claimed, lease_s=30, now=now, progress=Progress(49, 1, tokens))
+    api.store.renew(claimed, lease_s=30, progress=Progress(49, 1, tokens))
 
     running = api.get(f"/v1/batches/{batch_id}").json()
 

@@ -113,7 +113,7 @@ def test_a_long_check_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPa
         looks += 1
         if looks > 1:
             world.pass_time(LEASE_S / 2)
-            assert world.store.claim_to_validate("another", LEASE_S, world.now) is None
+            assert world.store.claim_to_validate("another", LEASE_S) is None
         return world.now
 
     assert validation(world, clock=clock).run_once()

@@ -35,9 +35,24 @@ def url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'database' / 'batch_jobs.db'}"
 
 
+class Seconds:
+    """A monotonic clock to turn by hand."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def store(url: str) -> Iterator[Store]:
+def seconds() -> Seconds:
+    return Seconds()
+
+
+@pytest.fixture
+def store(url: str, seconds: Seconds) -> Iterator[Store]:
     store = Store(url)
+    store.lease_watch.monotonic = seconds
     store.migrate()
     yield store
     store.close()
@@ -144,7 +159,7 @@ def test_times_of_a_batch_s_life(store: Store) -> None:
         throughput_tokens_per_s=3.5,
     )
     assert done.completed_at == NOW + timedelta(seconds=3)
-    assert done.lease_owner is done.lease_expires_at is None
+    assert done.lease_owner is None
     assert done.progress.tokens.total_tokens == 10
     assert store.get_file("file-o") == output
     assert store.count_batches() == {BatchStatus.COMPLETED: 1}
@@ -162,20 +177,24 @@ def test_claims_are_first_in_first_out(store: Store) -> None:
     ]
 
 
-def test_a_batch_whose_lease_ran_out_is_rescued_under_a_higher_epoch(store: Store) -> None:
+def test_a_batch_whose_lease_ran_out_is_rescued_under_a_higher_epoch(
+    store: Store, seconds: Seconds
+) -> None:
     add(store, 1)
     first = store.claim_next("one", LEASE_S, NOW)
     assert first is not None
-    assert store.claim_next("two", LEASE_S, NOW + timedelta(seconds=29)) is None
+    seconds.now += 29
+    assert store.claim_next("two", LEASE_S, NOW) is None
 
-    second = store.claim_next("two", LEASE_S, NOW + timedelta(seconds=31))
+    seconds.now += 2
+    second = store.claim_next("two", LEASE_S, NOW)
 
     assert second is not None
     assert (second.id, second.epoch) == (first.id, first.epoch + 1)
     assert second.started_at == first.started_at
     late = NOW + timedelta(seconds=32)
     with pytest.raises(LeaseLost):
-        store.renew(first, lease_s=LEASE_S, now=late, progress=Progress(99, 0))
+        store.renew(first, lease_s=LEASE_S, progress=Progress(99, 0))
     with pytest.raises(LeaseLost):
         store.release(first)
     with pytest.raises(LeaseLost):
@@ -190,16 +209,53 @@ def test_a_batch_whose_lease_ran_out_is_rescued_under_a_higher_epoch(store: Stor
         store.get_file("file-stale")
 
 
-def test_heartbeats_keep_a_lease(store: Store) -> None:
+def test_heartbeats_keep_a_lease(store: Store, seconds: Seconds) -> None:
     add(store, 1)
     batch = store.claim_next("one", LEASE_S, NOW)
     assert batch is not None
     for beat in range(1, 20):
-        now = NOW + timedelta(seconds=20 * beat)
-        status = store.renew(batch, lease_s=LEASE_S, now=now, progress=Progress(beat, 0))
+        seconds.now += 1
+        status = store.renew(batch, lease_s=LEASE_S, progress=Progress(beat, 0))
         assert status is BatchStatus.RUNNING
-        assert store.claim_next("two", LEASE_S, now + timedelta(seconds=19)) is None
+        seconds.now += 29
+        assert store.claim_next("two", LEASE_S, NOW) is None
     assert store.get_batch(batch.id).progress.completed == 19
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_by_a_day_takes_no_batch_away(
+    url: str, store: Store, seconds: Seconds, days: int
+) -> None:
+    """Each observer, old and new, has to see the heartbeats stand still by its own seconds."""
+    add(store, 1)
+    batch = store.claim_next("one", LEASE_S, NOW)
+    assert batch is not None
+    store.renew(batch, lease_s=LEASE_S)
+    jumped = NOW + timedelta(days=days)
+    new = Store(url)
+    new.lease_watch.monotonic = seconds
+    for observer in (store, new):
+        assert observer.claim_next("two", LEASE_S, jumped) is None
+    seconds.now += 31
+    rescued = new.claim_next("two", LEASE_S, jumped)
+    assert rescued is not None
+    assert (rescued.epoch, rescued.lease_owner) == (2, "two")
+    assert store.claim_next("three", LEASE_S, jumped) is None
+    new.close()
+
+
+def test_a_reason_to_pause_stands_until_it_goes_on(store: Store) -> None:
+    add(store, 1)
+    batch = store.claim_next("one", LEASE_S, NOW)
+    assert batch is not None
+    store.release(batch, "No room.")
+    again = store.claim_next("one", LEASE_S, NOW)
+    assert again is not None
+    assert again.pause_reason == "No room."
+    store.renew(again, lease_s=LEASE_S)
+    assert store.get_batch(batch.id).pause_reason == "No room."
+    store.renew(again, lease_s=LEASE_S, goes_on=True)
+    assert store.get_batch(batch.id).pause_reason is None
 
 
 def test_release_and_release_of_the_dead(store: Store) -> None:
@@ -228,7 +284,7 @@ def test_a_request_to_cancel_reaches_the_worker(store: Store) -> None:
     with pytest.raises(Conflict):
         store.cancel_queued(batch.id, NOW)
 
-    assert store.renew(batch, lease_s=LEASE_S, now=NOW) is BatchStatus.CANCELLING
+    assert store.renew(batch, lease_s=LEASE_S) is BatchStatus.CANCELLING
     store.transition(batch, BatchStatus.CANCELLED, NOW)
     assert store.request_cancel(batch.id, NOW).status is BatchStatus.CANCELLED
 
@@ -262,13 +318,14 @@ def test_work_ahead(store: Store) -> None:
         add(store, number, model=model)
     running = store.claim_next("w", LEASE_S, NOW)
     assert running is not None
-    store.renew(running, lease_s=LEASE_S, now=NOW, progress=Progress(30, 10))
+    store.renew(running, lease_s=LEASE_S, progress=Progress(30, 10))
 
     assert store.work_ahead(store.get_batch(batch_id(3))) == {"a": 160, "b": 100}
     assert store.work_ahead(store.get_batch(batch_id(0))) == {}
 
 
 def test_naive_times_are_refused(store: Store) -> None:
+    add(store, 1)
     with pytest.raises(Exception, match="aware"):
         store.claim_next("w", LEASE_S, datetime(2026, 1, 1))  # noqa: DTZ001
 
@@ -331,7 +388,7 @@ def _claim_all(url: str, name: str, barrier: object, results: object) -> None:
         batch = store.claim_next(name, 300, NOW)
         if batch is None:
             break
-        store.renew(batch, lease_s=300, now=NOW, progress=Progress(1, 0))
+        store.renew(batch, lease_s=300, progress=Progress(1, 0))
         store.transition(batch, BatchStatus.FINALIZING, NOW)
         mine.append(batch.id)
     store.close()

@@ -157,6 +157,7 @@ class World:
         self.services = app.state.services = replace(own, clock=lambda: self.now)
         self.store, self.data = own.store, own.data
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
+        self.store.lease_watch.monotonic = self._seconds
         self.client = TestClient(app, base_url="http://localhost")
         self._engine = database.connect(self.settings.resolved_database_url)
 
@@ -176,6 +177,9 @@ class World:
                 connection.execute(table.delete())
         shutil.rmtree(self.data.batches)
         self.data.create()
+
+    def _seconds(self) -> float:
+        return self.now.timestamp()
 
     def pass_time(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
