@@ -31,6 +31,7 @@ from typing import BinaryIO
 
 from batch_app.core import Batch
 from batch_app.errors import StorageFull
+from batch_app.faults import crash_point
 
 #: Seconds after which a folder that nobody has locked isn't about to be.
 SETTLED_S = 60.0
@@ -218,7 +219,9 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        crash_point("file-written")
         move_durably(temporary, path)
+        crash_point("file-moved")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -25,6 +25,7 @@ from batch_app.core import (
     utc_now,
 )
 from batch_app.errors import Conflict, LeaseLost, NotFound
+from batch_app.faults import crash_point
 from batch_app.files import DataDir, remove_tree
 from batch_app.finalize import CANCELLED, EXPIRED
 from batch_app.orphans import remove_orphans
@@ -77,6 +78,7 @@ class Housekeeping:
             now=self.clock(),
         )
         published, progress = closed.published, closed.progress
+        crash_point("closing-published")
         with suppress(LeaseLost, Conflict):
             self.store.transition(
                 batch,

@@ -18,6 +18,7 @@ from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Progress, TokenCounts
 from batch_app.engine.base import Outcome
 from batch_app.errors import BatchAppError, LeaseLost, StoreUnavailable
+from batch_app.faults import crash_point
 from batch_app.results import ResultsLog
 from batch_app.store import Store
 from batch_app.wire.lines import error_line, response_line
@@ -172,6 +173,7 @@ class Keeper:
                 self._batch_log.write(f"Waiting for the database: {error.message}")
             self._store_is_away = True
             return
+        crash_point("progress-told")
         if self._store_is_away:
             self._batch_log.write("The database answers again.")
             self._store_is_away = False

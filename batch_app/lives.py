@@ -22,6 +22,7 @@ from batch_app.engine.base import Engine, EngineInfo, Outcome
 from batch_app.engine.limits import in_words, limits_of
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
+from batch_app.faults import crash_point
 from batch_app.keeper import Delivery, Keeper
 from batch_app.planner import Duplicates, Group, Numbers
 from batch_app.registry import ModelEntry
@@ -171,6 +172,7 @@ class Lives:
             self._longest_search = max(self._longest_search, self._suspects.longest_search)
         self._suspects.died(in_flight, beside=beside)
         self._suspects.save(self._suspects_path)
+        crash_point("suspects-written")
         if in_flight:
             self._batch_log.write(
                 f"{len(in_flight):,} requests were in flight; they run again, after the others."

@@ -26,6 +26,7 @@ import orjson
 
 from batch_app.core import Progress, TokenCounts
 from batch_app.errors import ResultsLogError, StorageFull
+from batch_app.faults import crash_point
 from batch_app.files import NO_ROOM, sync_dir
 
 _MAGIC = b"vbr1"
@@ -307,10 +308,12 @@ class ResultsLog:
             return self.progress
         try:
             _write_all(self._descriptor, b"".join(self._buffer))
+            crash_point("results-written")
             os.fdatasync(self._descriptor)
         except OSError as error:
             self._give_up()
             raise _write_error(error) from error
+        crash_point("results-committed")
         self._committed = self._written
         self._buffer.clear()
         which = len(self._segments)
@@ -383,6 +386,7 @@ class ResultsLog:
         try:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
             try:
+                crash_point("segment-begun")
                 _write_all(self._descriptor, frame)
                 os.fdatasync(self._descriptor)
                 sync_dir(self._work_dir)
@@ -391,6 +395,7 @@ class ResultsLog:
                 raise
         except OSError as error:
             raise _write_error(error) from error
+        crash_point("segment-sealed")
         self._written = self._committed = len(frame)
         self._segments.append(Segment(path, 0))
         if len(self._segments) > np.iinfo(np.uint16).max:

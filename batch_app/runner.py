@@ -32,6 +32,7 @@ from batch_app.errors import (
     ModelNotFound,
     StorageFull,
 )
+from batch_app.faults import crash_point
 from batch_app.files import DataDir, remove_tree
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.index import Index
@@ -110,6 +111,7 @@ class Runner:
         """
         self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
         batch_log = BatchLog(self._data.log_file(batch.id))
+        crash_point("claimed")
         batch_log.write(f"Claimed by worker {batch.lease_owner} (claim {batch.epoch}).")
         index = self._load_index(batch, batch_log)
         log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
@@ -186,7 +188,9 @@ class _Run:
             if status is BatchStatus.RUNNING:
                 self._check(draining=False)
                 self._run_groups()
+                crash_point("all-run")
                 self._move(BatchStatus.FINALIZING)
+                crash_point("finalizing")
             self._finish(BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else None)
         except Cancelled:
             self._keeper.flush()
@@ -314,6 +318,7 @@ class _Run:
         progress = self._keeper.flush()
         self._keeper.stop()
         self._runner._store.release(self._batch)
+        crash_point("given-back")
         self._batch_log.write(
             f"The worker stops: given back with {progress.done:,} of {len(self._index):,} done. "
             "The next worker goes on from here."
@@ -332,6 +337,7 @@ class _Run:
         published = publish(
             runner._data, batch, self._index, self._log, unfinished, runner._clock()
         )
+        crash_point("published")
         progress = self._log.progress
         tally = self._tally
         to = to or BatchStatus.COMPLETED
@@ -349,6 +355,7 @@ class _Run:
             throughput_tokens_per_s=speed,
             error_message=message,
         )
+        crash_point("ended")
         to = batch.status
         self._batch_log.write(
             f"{to.value.capitalize()}: {progress.completed:,} succeeded, {progress.failed:,} "

@@ -12,6 +12,7 @@ from contextlib import suppress
 from batch_app.batch_log import BatchLog
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, Idempotency, StoredFile
 from batch_app.errors import BadRequest
+from batch_app.faults import crash_point
 from batch_app.files import (
     move_durably,
     new_id,
@@ -135,6 +136,7 @@ class BatchUpload(Incoming[Batch]):
             move_durably(self._path, input_path)
             sync_dir(self._folder)
             move_durably(self._folder, work_dir)
+        crash_point("upload-moved")
         BatchLog(data.log_file(batch.id), clock=self.services.clock).write(
             f"submitted: {summary.num_requests} requests, {self._size_bytes} bytes, "
             f"model {model.name}"
@@ -146,6 +148,7 @@ class BatchUpload(Incoming[Batch]):
             seen_by=self.services.caller,
             max_unfinished=self.services.settings.max_unfinished_batches,
         )
+        crash_point("upload-added")
         if created.id != batch.id:
             return created  # the same form went through another server, at the same time
         self._leftovers.clear()

@@ -23,6 +23,7 @@ from batch_app.errors import (
     StorageFull,
     StoreUnavailable,
 )
+from batch_app.faults import crash_point
 from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, wake_workers
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelRegistry
@@ -105,6 +106,7 @@ class Validation:
             model=summary.models[0],
             lease_owner=None,
         )
+        crash_point("check-told")
         log.write(
             f"checked: {summary.num_requests} requests, "
             f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
@@ -123,6 +125,7 @@ class Validation:
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
+        crash_point("check-moved")
         return summary
 
     def _keeper_of(self, batch: Batch) -> Callable[[], None]:

@@ -46,6 +46,7 @@ from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
 from batch_app.runner import Runner
+from batch_app.service import ServiceNotifier
 from batch_app.store import Store, WorkerRow
 from batch_app.wakeup import WakeupFile
 
@@ -99,6 +100,7 @@ class Worker:
             clock=clock,
         )
         self._wakeup = WakeupFile(self._data.wakeup_file)
+        self._notifier = ServiceNotifier()
         self._started_at = clock()
         self._batch_id: str | None = None
         self._pause_s = 0.0
@@ -108,6 +110,7 @@ class Worker:
         """Work until `stop` is set."""
         heart = threading.Thread(target=self._beat, name="heart", daemon=True)
         heart.start()
+        self._notifier.ready()
         try:
             self._sweep_work_dirs()
             idle_since = time.monotonic()
@@ -124,6 +127,7 @@ class Worker:
                     self._slot.unload()
                 self._wakeup.wait(self._settings.poll_interval_s, self._stop)
         finally:
+            self._notifier.stopping()
             self._slot.unload()
             self._stop.set()
             heart.join()
@@ -290,6 +294,9 @@ class Worker:
                 self._store.report_worker(self._row())
             except (StoreUnavailable, StorageFull) as error:
                 logger.warning("Can't report to the store: %s", error.message)
+            # What this can't show, a main thread that is stuck, the engine's own watch and
+            # `engine_hang_s` are for; a lease that isn't renewed is for the other workers.
+            self._notifier.alive()
             if self._stop.wait(self._settings.heartbeat_s):
                 return
 

@@ -9,6 +9,7 @@ prompt) said back, so that a test can tell whose answer it holds.
 `load_s`, `oom_above_seqs` (out of memory at the start with more requests side by side), and the
 faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` (it dies of a prompt
 with this word) and `memory_seqs` (for more at a time it has no memory).
+To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -49,6 +51,7 @@ _KNOWN_ARGS = frozenset(
         "hang_after",
         "poison",
         "memory_seqs",
+        "journal",
     }
 )
 _DEVICE = "simulated"
@@ -160,6 +163,9 @@ class SimEngine(Engine):
         self._prompt_tokens += outcome.prompt_tokens
         self._generation_tokens += outcome.completion_tokens
         args = self._spec.engine_args
+        if journal := args.get("journal"):
+            with Path(journal).open("ab") as file:
+                file.write(b"%d\n" % outcome.number)
         if self._num_answers == args.get("die_after"):
             os.kill(os.getpid(), signal.SIGKILL)
         if self._num_answers == args.get("hang_after"):

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +107,14 @@ class Site:
         wake_workers(self.data)
         return batch_id
 
-    def start_worker(self) -> subprocess.Popen[bytes]:
+    def start_worker(self, **environment: str) -> subprocess.Popen[bytes]:
         """A worker process with this site's settings, in a process group of its own."""
-        return self._start("worker")
+        return self._start("worker", environment=environment)
 
-    def start_server(self) -> str:
+    def start_server(self, **environment: str) -> str:
         """An API server process on a free port. Returns its address, without a slash at the end."""
         said_before = self._output("api_server").count(LISTENING)
-        process = self._start("api_server", "--port", "0")
+        process = self._start("api_server", "--port", "0", environment=environment)
 
         def listens() -> bool:
             return self._output("api_server").count(LISTENING) > said_before
@@ -123,7 +123,16 @@ class Site:
         assert listens(), self._output("api_server")
         return self._output("api_server").rsplit(LISTENING, 1)[1].split()[0]
 
-    def _start(self, module: str, *flags: str) -> subprocess.Popen[bytes]:
+    @property
+    def last_process(self) -> subprocess.Popen[bytes]:
+        """The one that was started last."""
+        return self._processes[-1]
+
+    def _start(
+        self, module: str, *flags: str, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        """`environment` goes on top of the settings. With `FAIL` in it, see `faults/child.py`."""
+        given = environment
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("VLLM_BATCH_")
         }
@@ -135,11 +144,14 @@ class Site:
             **self._given,
         }.items():
             environment[f"VLLM_BATCH_{name.upper()}"] = str(value)
+        start = ["-m", f"batch_app.{module}"]
+        if "FAIL" in given:
+            start = ["-m", "faults.child", f"batch_app.{module}"]
         with (self._root / f"{module}.out").open("ab") as out:
             process = subprocess.Popen(
-                [sys.executable, "-m", f"batch_app.{module}", *flags],
+                [sys.executable, *start, *flags],
                 cwd=self._root,
-                env=environment | {"PYTHONPATH": str(REPO)},
+                env=environment | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}", **given},
                 stdout=out,
                 stderr=out,
                 start_new_session=True,

@@ -1,0 +1,110 @@
+"""Many trials, and a report of them.
+
+    python -m faults.torture --trials 300 --seed 1 --report docs/reliability.json
+
+Each crash point has its turn first, then chance has. A trial that fails says how to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batch_app import __version__
+from batch_app.faults import CRASH_POINTS
+from faults.trial import Report, Trial
+
+_one_at_a_time = threading.Lock()
+
+
+def run_trial(seed: int, kind: str | None = None, what: str = "") -> Report:
+    with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as folder:
+        with _one_at_a_time:  # migrations use global state
+            trial = Trial(Path(folder), seed, kind, what)
+        return trial.run()
+
+
+def plan(num_trials: int, seed: int) -> list[tuple[int, str | None, str]]:
+    """Seed, kind and crash point of each trial."""
+    named: list[tuple[int, str | None, str]] = [
+        (seed * 100_000 + place, "crash point", name) for place, name in enumerate(CRASH_POINTS)
+    ]
+    others = range(seed * 100_000 + len(named), seed * 100_000 + num_trials)
+    return [*named, *((number, None, "") for number in others)][:num_trials]
+
+
+def summed_up(reports: Iterable[Report], seed: int, seconds: float) -> dict[str, Any]:
+    reports = list(reports)
+    hits = Counter(hit for report in reports for hit in report.hit)
+    computed = [report for report in reports if report.computed and report.needed]
+    return {
+        "version": __version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "trials": len(reports),
+        "seed": seed,
+        "seconds": round(seconds),
+        "requests": sum(report.requests for report in reports),
+        "kinds": dict(sorted(Counter(report.kind for report in reports).items())),
+        "crash_points": {name: hits.get(name, 0) for name in CRASH_POINTS},
+        "killed": _with_prefix(hits, "killed: "),
+        "failed_calls": _with_prefix(hits, "failed: "),
+        "needed": sum(report.needed for report in computed),
+        "computed": sum(report.computed for report in computed),
+        "most_computed_again": max((r.computed - r.needed for r in computed), default=0),
+        "failures": [asdict(report) for report in reports if report.failure],
+    }
+
+
+def _with_prefix(hits: Counter[str], prefix: str) -> dict[str, int]:
+    found = {name.removeprefix(prefix): n for name, n in hits.items() if name.startswith(prefix)}
+    return dict(sorted(found.items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
+    parser.add_argument("--report", type=Path)
+    parser.add_argument("--only", type=int, help="repeat the trial with this seed")
+    wish = parser.parse_args()
+    trials = plan(wish.trials, wish.seed)
+    if wish.only is not None:
+        trials = [trial for trial in plan(100_000, wish.only // 100_000) if trial[0] == wish.only]
+    began = time.monotonic()
+    reports = []
+    with ThreadPoolExecutor(wish.jobs) as pool:
+        for report in pool.map(lambda trial: run_trial(*trial), trials):
+            reports.append(report)
+            state = "FAILED" if report.failure else "ok"
+            again = report.computed - report.needed if report.computed else 0
+            print(
+                f"{len(reports):4} of {len(trials)}  {state:6} seed {report.seed}  {report.kind}: "
+                f"{report.what or ', '.join(report.hit)}  {report.requests} requests, "
+                f"{max(again, 0)} computed again, {report.seconds:.1f} s",
+                flush=True,
+            )
+            if report.failure:
+                print(f"     repeat with --only {report.seed}: {report.failure}", flush=True)
+    result = summed_up(reports, wish.seed, time.monotonic() - began)
+    if wish.report:
+        wish.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: v for k, v in result.items() if k != "failures"}, indent=1))
+    print(f"{len(result['failures'])} of {len(reports)} trials failed.")
+    return 1 if result["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""One trial: batches are submitted and run while something fails; then everything must be right.
+
+All chance comes from the trial's seed: which requests there are, what fails, where and when. Only
+how far the processes are at that moment is up to the machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+
+from batch_app.core import Batch, BatchStatus
+from batch_app.database import sqlite_driver
+from batch_app.faults import CRASH_POINTS
+from batch_app.files import DataDir
+from batch_app.orphans import remove_orphans
+from support.site import Site, echo_line, engine_pid, kill_tree
+from support.waiting import wait_for
+
+#: Crash points of the API server; all others are the worker's.
+OF_THE_SERVER = ("upload-moved", "upload-added", "check-moved", "check-told", "closing-published")
+CALLS = ("write", "fsync", "rename", "link", "open", "commit")
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
+SETTINGS: dict[str, Any] = {
+    "lease_s": 1.5,
+    "heartbeat_s": 0.2,
+    "poll_interval_s": 0.1,
+    "commit_interval_s": 0.05,
+    "drain_s": 1.0,
+    "min_free_bytes": 0,
+    "engine_backoff_s": 0.01,
+}
+#: Answers of so many words are too long for the model, and refused by it.
+MAX_WORDS = 8
+
+
+@dataclass
+class Report:
+    """What one trial did. `computed` counts answers of the engine, `needed` those that count."""
+
+    seed: int
+    kind: str
+    what: str
+    hit: list[str] = field(default_factory=list)
+    requests: int = 0
+    needed: int = 0
+    computed: int = 0
+    seconds: float = 0.0
+    failure: str | None = None
+
+
+class Trial:
+    """Make one, `run` it."""
+
+    def __init__(self, root: Path, seed: int, kind: str | None = None, what: str = "") -> None:
+        self.chance = random.Random(seed)
+        self.kind = kind or self.chance.choice(["kill", "crash point", "failing call"])
+        self.what = what
+        self.site = Site(root, **SETTINGS)
+        self.journal = root / "journal"
+        registry = root / "models.toml"
+        registry.write_text(registry.read_text() + self._model())
+        self.report = Report(seed, self.kind, what)
+        self.accepted: set[str] = set()
+        self.requests: dict[str, list[dict[str, Any]]] = {}
+
+    def run(self) -> Report:
+        began = time.monotonic()
+        try:
+            getattr(self, "_" + self.kind.replace(" ", "_"))()
+            self._bring_to_an_end()
+            self._check()
+        except AssertionError as failure:
+            self.report.failure = str(failure)[:2000] or "assertion"
+        finally:
+            self.site.close()
+        self.report.seconds = round(time.monotonic() - began, 2)
+        return self.report
+
+    def _model(self) -> str:
+        step_s = self.chance.choice([0.001, 0.003, 0.01])
+        seqs = self.chance.choice([4, 16, 64])
+        return (
+            '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
+            f"max_num_seqs = {seqs}\nmax_model_len = {MAX_WORDS}\ndecode_step_s = {step_s}\n"
+            f'journal = "{self.journal}"\n'
+        )
+
+    # -- what goes wrong -----------------------------------------------------------------------
+
+    def _kill(self) -> None:
+        """Kill processes at random times, one after the other, and start them again."""
+        url = self.site.start_server()
+        server = self.site.last_process
+        worker = self.site.start_worker()
+        batch_id = self._upload(url)
+        for _ in range(self.chance.randint(1, 3)):
+            if self.site.batch(batch_id).is_terminal:
+                break
+            victim = self.chance.choice(["worker", "engine", "server", "everything"])
+            time.sleep(self.chance.uniform(0.0, 1.0))
+            self.report.hit.append(f"killed: {victim}")
+            if victim == "engine":
+                try:
+                    os.kill(engine_pid(worker.pid, timeout_s=1.0), signal.SIGKILL)
+                except (AssertionError, ProcessLookupError):
+                    continue  # it isn't there yet, or any more
+            if victim in ("worker", "everything"):
+                kill_tree(worker.pid) if victim == "everything" else worker.kill()
+                worker.wait(10)
+            if victim in ("server", "everything"):
+                server.kill()
+                server.wait(10)
+                self.site.start_server()
+                server = self.site.last_process
+            if victim in ("worker", "everything"):
+                worker = self.site.start_worker()
+        self._wait_a_while(batch_id)
+        kill_tree(worker.pid)
+
+    def _crash_point(self) -> None:
+        name = self.what or self.chance.choice(CRASH_POINTS)
+        count = self.chance.choice([1, 1, 2, 3, 5])
+        self.report.what = f"{name}:{count}"
+        crash = {"VLLM_BATCH_CRASH_AT": self.report.what}
+        if name in OF_THE_SERVER:
+            self._crash_the_server(name, crash)
+            return
+        batch_id = self.site.submit(self._lines(), "tried")
+        self._remember(batch_id)
+        worker = self.site.start_worker(**crash)
+        if name == "suspects-written":
+            wait_for(lambda: self._done(batch_id) or worker.poll() is not None)
+            if worker.poll() is None:
+                self._kill_engine(worker.pid)
+        if name == "given-back":
+            wait_for(lambda: self._done(batch_id) or worker.poll() is not None)
+            worker.terminate()
+        self._wait_for_crash(worker, name, batch_id)
+
+    def _crash_the_server(self, name: str, crash: dict[str, str]) -> None:
+        url = self.site.start_server(**crash)
+        server = self.site.last_process
+        if name.startswith("upload"):
+            self._try_to(lambda: self._upload(url))
+        elif name.startswith("check"):
+            self._try_to(lambda: self._create(url))
+        else:
+            batch_id = self._upload(url)
+            self._try_to(lambda: httpx.post(f"{url}/v1/batches/{batch_id}/cancel"))
+        self._wait_for_crash(server, name, None)
+        self._end_leases_of_servers()
+
+    def _failing_call(self) -> None:
+        call = self.chance.choice(CALLS)
+        wish: dict[str, Any] = {
+            "call": call,
+            "at": self.chance.randint(1, 12),
+            "errno": self.chance.choice(ERRORS),
+            "for_good": self.chance.random() < 0.5,
+        }
+        if call == "write" and self.chance.random() < 0.3:
+            wish |= {"torn": True, "for_good": False}
+        self.report.what = json.dumps(wish)
+        batch_id = self.site.submit(self._lines(), "tried")
+        self._remember(batch_id)
+        worker = self.site.start_worker(FAIL=json.dumps(wish))
+        self._wait_a_while(batch_id, worker)
+        self.report.hit.append(f"failed: {call}, {'for good' if wish['for_good'] else 'once'}")
+        kill_tree(worker.pid)
+        worker.wait(10)
+
+    def _end_leases_of_servers(self) -> None:
+        """They last for a minute, and for five: that time is passed by hand here."""
+        path = str(self.site.settings.resolved_database_url).removeprefix("sqlite:///")
+        connection = sqlite_driver().connect(path, timeout=10, isolation_level=None)
+        connection.execute("UPDATE batches SET lease_owner = NULL WHERE lease_owner LIKE 'server%'")
+        connection.close()
+
+    def _kill_engine(self, worker_pid: int) -> None:
+        with suppress(AssertionError, ProcessLookupError):
+            os.kill(engine_pid(worker_pid, timeout_s=5.0), signal.SIGKILL)
+
+    def _wait_for_crash(self, process: Any, name: str, batch_id: str | None) -> None:
+        """Until it died at the crash point, or there is nothing left to come to it with."""
+        deadline = time.monotonic() + 6.0
+
+        def is_over() -> bool:
+            ended = batch_id is not None and self.site.batch(batch_id).is_terminal
+            return process.poll() is not None or ended or time.monotonic() > deadline
+
+        wait_for(is_over)
+        try:
+            process.wait(0.3)
+        except Exception:
+            kill_tree(process.pid)
+            process.wait(10)
+            return
+        if process.returncode == -signal.SIGKILL:
+            self.report.hit.append(name)
+
+    def _done(self, batch_id: str) -> bool:
+        return self.site.batch(batch_id).progress.done > 0
+
+    def _wait_a_while(self, batch_id: str, worker: Any = None) -> None:
+        deadline = time.monotonic() + self.chance.uniform(1.0, 3.0)
+        while time.monotonic() < deadline and not self.site.batch(batch_id).is_terminal:
+            if worker is not None and worker.poll() is not None:
+                return
+            time.sleep(0.05)
+
+    # -- batches -------------------------------------------------------------------------------
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for number in range(self.chance.randint(1, 300)):
+            line = echo_line(number)
+            if self.chance.random() < 0.1:
+                line["body"]["messages"][0]["content"] += " word" * MAX_WORDS
+            lines.append(line)
+        self._last_lines = lines
+        return lines
+
+    def _remember(self, batch_id: str) -> str:
+        self.accepted.add(batch_id)
+        self.requests[batch_id] = self._last_lines
+        return batch_id
+
+    def _upload(self, url: str) -> str:
+        content = b"".join(orjson.dumps(line) + b"\n" for line in self._lines())
+        answer = httpx.post(
+            f"{url}/v1/batches",
+            files={"file": ("in.jsonl", content)},
+            data={"model": "tried"},
+            timeout=30,
+        )
+        assert answer.status_code == 200, answer.text
+        return self._remember(answer.json()["batch_id"])
+
+    def _create(self, url: str) -> str:
+        lines = self._lines()
+        for line in lines:
+            line["body"]["model"] = "tried"
+        content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
+        files = {"file": ("in.jsonl", content)}
+        file = httpx.post(f"{url}/v1/files", files=files, data={"purpose": "batch"}, timeout=30)
+        wish = {"input_file_id": file.json()["id"], "endpoint": "/v1/chat/completions"}
+        answer = httpx.post(f"{url}/v1/batches", json=wish, timeout=30)
+        assert answer.status_code == 200, answer.text
+        return self._remember(answer.json()["id"])
+
+    def _try_to(self, do: Callable[[], object]) -> None:
+        with suppress(httpx.TransportError):  # the server died over it: nothing was promised
+            do()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _bring_to_an_end(self) -> None:
+        """With processes that nothing is wrong with."""
+        url = self.site.start_server()
+        server = self.site.last_process
+        worker = self.site.start_worker()
+        if not self._batches():
+            self._upload(url)  # as a client does who got no answer
+        for batch in self._batches():
+            self.requests.setdefault(batch.id, self._last_lines)
+            wait_for(
+                lambda batch=batch: self.site.batch(batch.id).is_terminal,
+                timeout_s=60,
+                what=f"{batch.id} ends; its log:\n{self.site.log(batch.id)}",
+            )
+        for process in (worker, server):
+            process.terminate()
+            process.wait(20)
+
+    def _batches(self) -> list[Batch]:
+        batches, _ = self.site.store.list_batches(limit=100)
+        return batches
+
+    def _check(self) -> None:
+        batches = {batch.id: batch for batch in self._batches()}
+        assert self.accepted <= batches.keys(), "a batch that was accepted is gone"
+        for batch in batches.values():
+            self._check_batch(batch, self.requests[batch.id])
+        self._check_nothing_is_left(self.site.data)
+        path = str(self.site.settings.resolved_database_url).removeprefix("sqlite:///")
+        connection = sqlite_driver().connect(path)
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        connection.close()
+        if self.journal.exists():
+            self.report.computed = len(self.journal.read_bytes().splitlines())
+
+    def _check_batch(self, batch: Batch, lines: list[dict[str, Any]]) -> None:
+        cancelled = batch.status is BatchStatus.CANCELLED
+        assert batch.status is BatchStatus.COMPLETED or cancelled, (
+            f"{batch.status}: {batch.error_message}\n{self.site.log(batch.id)}"
+        )
+        expected = [line["custom_id"] for line in lines]
+        outcomes = [self._published(file) for file in (batch.output_file_id, batch.error_file_id)]
+        ids = Counter(line["custom_id"] for part in outcomes for line in part)
+        assert ids == Counter(expected), "ids of output and error file aren't the input's"
+        everything = self.site.results(batch.id)
+        assert [line["custom_id"] for line in everything] == expected, "not in input order"
+        num_good = num_bad = 0
+        for line, result in zip(lines, everything, strict=True):
+            if result["response"] is None:
+                assert cancelled, f"{result['custom_id']} never ran: {result['error']}"
+                num_bad += 1
+                continue
+            prompt = line["body"]["messages"][0]["content"]
+            body, status = result["response"]["body"], result["response"]["status_code"]
+            if len(prompt.split()) > MAX_WORDS:
+                assert status == 400, f"{result['custom_id']}: status {status}"
+                num_bad += 1
+            else:
+                said = body["choices"][0]["message"]["content"]
+                assert said == prompt, f"{result['custom_id']} has another's answer"
+                num_good += 1
+        assert [line["response"]["status_code"] for line in outcomes[0]] == [200] * num_good
+        counts = batch.progress
+        if not cancelled:
+            assert (counts.completed, counts.failed) == (num_good, num_bad), f"counts: {counts}"
+            self.report.needed += len(lines)
+        self.report.requests += len(lines)
+
+    def _published(self, file_id: str | None) -> list[dict[str, Any]]:
+        if file_id is None:
+            return []
+        raw = self.site.data.output_file(file_id).read_bytes()
+        return [orjson.loads(line) for line in raw.splitlines()]
+
+    def _check_nothing_is_left(self, data: DataDir) -> None:
+        data.sweep_incoming(older_than_s=0.0)
+        remove_orphans(data, self.site.store, older_than_s=0.0)
+        batches = self._batches()
+        files = {file for b in batches for file in (b.output_file_id, b.error_file_id) if file}
+        known = {f"{file}.jsonl" for file in files}
+        known |= {data.results_file(batch).name for batch in batches}
+        for folder, names in (("active", set()), ("incoming", set()), ("output", known)):
+            left = {path.name for path in (data.batches / folder).iterdir()} - names
+            assert not left, f"left in {folder}: {sorted(left)}"
