@@ -25,8 +25,8 @@ import psutil
 
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
-from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.clock import DueClock
+from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Choice, Waiting
 from batch_app.engine.limits import LoweredLimits

@@ -60,7 +60,7 @@ def test_batches_requests_and_tokens(api: Api) -> None:
     assert batch is not None
     assert batch.id == first
     tokens = TokenCounts(100, 20, 30, 7)
-    api.store.renew(batch, lease_s=30, now=now, progress=Progress(4, 1, tokens))
+    api.store.renew(batch, lease_s=30, progress=Progress(4, 1, tokens))
 
     samples = scrape(api)
     assert value(samples, "batches", status="running") == 1

@@ -56,7 +56,11 @@ def test_units_are_good(tmp_path: Path) -> None:
         text = re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={shutil.which('true')}", unit.read_text())
         copies[-1].write_text(text)
     done = subprocess.run(
-        ["systemd-analyze", "verify", *map(str, copies)], capture_output=True, text=True, timeout=60
+        ["systemd-analyze", "verify", *map(str, copies)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, "")
 
