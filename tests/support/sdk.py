@@ -113,3 +113,39 @@ def assert_each_once(sdk: Sdk, batch: Batch, custom_ids: Iterable[str]) -> None:
     place = {custom_id: number for number, custom_id in enumerate(order)}
     for part in (output, errors):
         assert part == sorted(part, key=place.__getitem__)
+
+
+#: The times of a batch, in the order they can come in.
+STAMPS = (
+    "in_progress_at",
+    "finalizing_at",
+    "completed_at",
+    "failed_at",
+    "expired_at",
+    "cancelling_at",
+    "cancelled_at",
+)
+
+
+def stamped(batch: Batch) -> list[str]:
+    return [name for name in STAMPS if getattr(batch, name) is not None]
+
+
+def assert_counts(batch: Batch, total: int, completed: int, failed: int) -> None:
+    counts = batch.request_counts
+    assert counts
+    assert (counts.total, counts.completed, counts.failed) == (total, completed, failed)
+
+
+def busy_worker(sdk: Sdk) -> Batch:
+    """A batch that the worker has begun, and has enough to do with: others wait behind it."""
+    batch = sdk.create(lines(10_000, "slow"))
+    wait_for(lambda: native(sdk, batch.id)["status"] == "running", what="the worker begins")
+    return batch
+
+
+def native(sdk: Sdk, batch_id: str) -> dict[str, Any]:
+    answer = sdk.get(f"/v1/batches/{batch_id}", params={"format": "native"})
+    assert answer.status_code == 200
+    body: dict[str, Any] = answer.json()
+    return body

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import psutil
 
+from batch_app import database
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
 from batch_app.files import DataDir, new_id, wake_workers
@@ -193,6 +194,15 @@ class Site:
         """The published lines of a finished batch, all of them, in order."""
         lines = self.data.results_file(self.batch(batch_id)).read_bytes().splitlines()
         return [orjson.loads(line) for line in lines]
+
+    def set_row(self, table: str, row_id: str, **values: Any) -> None:
+        """Change what the store knows, as time passing would."""
+        engine = database.connect(self.settings.resolved_database_url)
+        columns = getattr(database, table)
+        writing = engine.connect().execution_options(**{database.WRITES: True})
+        with writing as connection, connection.begin():
+            connection.execute(columns.update().where(columns.c.id == row_id).values(**values))
+        engine.dispose()
 
     def close(self) -> None:
         for process in self._processes:
