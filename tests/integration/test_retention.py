@@ -238,6 +238,33 @@ def test_parts_are_no_files_yet(make_world: Callable[..., World]) -> None:
     assert body(world.client.post(f"/v1/uploads/{upload_id}/complete", json=end))["file"] is None
 
 
+def test_an_upload_that_is_not_completed_ends_with_its_hour(
+    make_world: Callable[..., World],
+) -> None:
+    world = make_world()
+    wish = {"filename": "u", "purpose": "batch", "bytes": 4, "mime_type": "text/plain"}
+    begun = body(world.client.post("/v1/uploads", json=wish))
+    assert begun["expires_at"] == begun["created_at"] + HOUR_S
+    path = f"/v1/uploads/{begun['id']}"
+    part = body(world.client.post(f"{path}/parts", files={"data": b"abcd"}))
+    world.pass_time(HOUR_S)
+    world.keep_house()
+    assert body(world.client.get(path))["status"] == "pending"
+    assert world.data.upload_dir(begun["id"]).exists()
+    world.pass_time(1)
+    world.keep_house()
+    assert body(world.client.get(path))["status"] == "expired"
+    assert not world.data.upload_dir(begun["id"]).exists()
+    for answer in (
+        world.client.post(f"{path}/complete", json={"part_ids": [part["id"]]}),
+        world.client.post(f"{path}/parts", files={"data": b"abcd"}),
+        world.client.post(f"{path}/cancel"),
+    ):
+        assert answer.status_code == 409
+        assert answer.json()["error"]["code"] == "upload_not_pending"
+        assert answer.headers["x-should-retry"] == "false"
+
+
 def test_logs_go_in_time_but_not_those_of_unfinished_batches(
     make_world: Callable[..., World],
 ) -> None:
