@@ -16,24 +16,32 @@ place can't pass. What the short way doesn't take, for whatever reason, goes the
 
 from __future__ import annotations
 
-import re
-import secrets
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import msgspec
 import orjson
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from batch_app.core import Endpoint
+from batch_app.cuts import (
+    CUTS,
+    HOLE,
+    HOLE_VALUE,
+    MAX_CUSTOM_ID_CHARS,
+    USUAL,
+    decode_around,
+    decode_raws,
+    end_of_body,
+    ends_of_prompt,
+)
 from batch_app.policy import check_body
 from batch_app.shapes import BodyLimits, LineProblem, kind
 
 __all__ = ["LineParser", "LineProblem", "RequestLine", "parse_line"]
 
-MAX_CUSTOM_ID_CHARS = 512
 #: Verdicts kept, and the longest rest of a body that is worth keeping.
 MAX_VERDICTS = 1024
 MAX_VERDICT_BYTES = 64 << 10
@@ -99,7 +107,7 @@ class LineParser:
         self._only_endpoint = only_endpoint
         self._limits = limits or BodyLimits()
         self._verdicts: dict[tuple[str, bytes], _Verdict] = {}
-        self._last = _Cut("", b"", b"", _decode_text, 0, _Verdict(None, 0, b"", False, ()))
+        self._last = _Cut("", b"", b"", str, 0, _Verdict(None, 0, b"", False, ()))
 
     def parse(self, raw: bytes) -> RequestLine:
         """Check one line (without its line feed) and take it apart.
@@ -114,13 +122,13 @@ class LineParser:
     def parse_short(self, raw: bytes) -> RequestLine | None:
         """The line taken apart; None: go the plain way, be the line good or bad."""
         start = raw.find(b"{", raw.find(b'"body"') + 6)
-        end = len(raw) - 1 if raw.endswith(b"}}") else _end_of_body(raw)
+        end = len(raw) - 1 if raw.endswith(b"}}") else end_of_body(raw)
         if start <= 0 or end <= start:
             return None
         try:
-            around = _decode_around(raw[:start] + _HOLE + raw[end:])
+            around = decode_around(raw[:start] + HOLE + raw[end:])
             endpoint = around.url
-            if around.body != _HOLE_VALUE or endpoint not in _CUTS:
+            if around.body != HOLE_VALUE or endpoint not in CUTS:
                 return None
             if endpoint != self._only_endpoint and self._only_endpoint is not None:
                 return None
@@ -162,33 +170,54 @@ class LineParser:
 
         Raises ValueError or msgspec.MsgspecError: the plain way shall look.
         """
-        quoted, list_end, decode = _CUTS[endpoint]
+        quoted, list_end, decode = CUTS[endpoint]
         at = body.find(quoted) + len(quoted)
         at += 2 if body.startswith(b": ", at) else 1
         most = sys.maxsize if endpoint == Endpoint.CHAT_COMPLETIONS else self._limits.max_inputs
         before = body[:at]
-        for stop in _ends_of_prompt(body, at, list_end):
+        for stop in ends_of_prompt(body, at, list_end):
             after = body[stop:]
             try:
                 prompt = decode(body[at:stop])
             except (ValueError, msgspec.MsgspecError):
                 continue
-            rest = before + _HOLE + after
-            verdict = self._verdicts.get((endpoint, rest)) or self._judge(endpoint, rest)
+            rest = before + HOLE + after
+            verdict = (
+                self._verdicts.get((endpoint, rest))
+                or self._judge_usual(endpoint, rest)
+                or self._judge(endpoint, rest)
+            )
             return body[at:stop], prompt, _Cut(endpoint, before, after, decode, most, verdict)
         raise ValueError("not where it is sought")
+
+    def _judge_usual(self, endpoint: str, rest: bytes) -> _Verdict | None:
+        """The same as `_judge`, sooner, where `max_tokens` or `seed` differ from line to line."""
+        decode = USUAL.get(endpoint)
+        if decode is None:
+            return None
+        try:
+            body = decode(rest)
+        except (ValueError, msgspec.MsgspecError):
+            return None
+        if body.hole != HOLE_VALUE or body.stream:
+            return None
+        max_tokens, most = body.max_tokens or 0, body.max_completion_tokens or 0
+        if max(max_tokens, most) > self._limits.max_output_tokens:
+            return None
+        deterministic = body.temperature == 0 or body.seed is not None
+        return _Verdict(body.model, most or max_tokens, b"", deterministic, ())
 
     def _judge(self, endpoint: str, rest: bytes) -> _Verdict:
         """The verdict on a body without its prompt. Raises ValueError: the plain way shall look."""
         (field,) = _STREAM[endpoint]
         body = orjson.loads(rest)
-        if type(body) is not dict or body.get(field) != _HOLE_VALUE:
+        if type(body) is not dict or body.get(field) != HOLE_VALUE:
             raise ValueError("not a body with a hole")
         try:
             check_body(endpoint, body, self._limits, without=field)
         except LineProblem as refusal:
             raise ValueError("refused") from refusal
-        verdict = _verdict(endpoint, body, _decode_raws(rest))
+        verdict = _verdict(endpoint, body, decode_raws(rest))
         if len(rest) <= MAX_VERDICT_BYTES:
             if len(self._verdicts) >= MAX_VERDICTS:
                 self._verdicts.clear()
@@ -215,8 +244,8 @@ class LineParser:
             )
         check_body(endpoint, body, self._limits)
         try:
-            raw_body = bytes(_decode_raws(raw)["body"])
-            raws = _decode_raws(raw_body)
+            raw_body = bytes(decode_raws(raw)["body"])
+            raws = decode_raws(raw_body)
         except (msgspec.MsgspecError, RecursionError):
             raise LineProblem("invalid_json_line", "The JSON is nested too deeply.") from None
         verdict = _verdict(endpoint, body, raws)
@@ -258,50 +287,7 @@ def _default_parser(only_endpoint: str | None) -> LineParser:
     return LineParser(only_endpoint)
 
 
-# -- what the short way decodes ----------------------------------------------------------------
-
-
-class _Around(Struct, forbid_unknown_fields=True, gc=False):
-    """A line, with the hole as its body."""
-
-    custom_id: Annotated[str, Meta(min_length=1, max_length=MAX_CUSTOM_ID_CHARS)]
-    body: int
-    method: Literal["POST"] = "POST"
-    url: str = Endpoint.CHAT_COMPLETIONS.value
-
-
-class _Text(Struct, forbid_unknown_fields=True, gc=False):
-    type: Literal["text"]
-    text: str
-
-
-class _Function(Struct, forbid_unknown_fields=True, gc=False):
-    name: str
-    arguments: str | None = None
-
-
-class _ToolCall(Struct, forbid_unknown_fields=True, gc=False):
-    function: _Function
-    id: str | None = None
-    type: Literal["function"] | None = None
-
-
-class _Message(Struct, forbid_unknown_fields=True, gc=False):
-    """The usual messages: text, tools that were called and what they said."""
-
-    role: Annotated[str, Meta(max_length=64)]
-    content: str | list[_Text] | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[_ToolCall], Meta(max_length=8)] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-
-
-class _Item(Struct, forbid_unknown_fields=True, gc=False):
-    """The usual item of a response's input."""
-
-    role: Annotated[str, Meta(max_length=64)]
-    content: str
+# -- what is known of a line already --------------------------------------------------------------
 
 
 class _Verdict(Struct, frozen=True, gc=False):
@@ -323,58 +309,6 @@ class _Cut(Struct, frozen=True, gc=False):
     decode: Callable[[bytes], Any]
     max_entries: int
     verdict: _Verdict
-
-
-#: What stands where something was cut out. Nobody can write it into a line, not knowing it.
-_HOLE_VALUE = 10**18 + secrets.randbelow(8 * 10**18)
-_HOLE = b"%d" % _HOLE_VALUE
-
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_decode_around = msgspec.json.Decoder(_Around).decode
-_decode_raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_decode_text = msgspec.json.Decoder(str).decode
-
-#: By endpoint: the prompt's field, the end of a list of prompts or messages where another field
-#: follows, and the prompt's decoder.
-_CUTS: Mapping[str, tuple[bytes, bytes, Callable[[bytes], Any]]] = {
-    Endpoint.CHAT_COMPLETIONS.value: (
-        b'"messages"',
-        b"}],",
-        msgspec.json.Decoder(list[_Message]).decode,
-    ),
-    # Several prompts in one request are counted against "n": the plain way does.
-    Endpoint.COMPLETIONS.value: (b'"prompt"', b'"],', _decode_text),
-    Endpoint.EMBEDDINGS.value: (
-        b'"input"',
-        b'"],',
-        msgspec.json.Decoder(str | list[str]).decode,
-    ),
-    Endpoint.RESPONSES.value: (
-        b'"input"',
-        b"}],",
-        msgspec.json.Decoder(str | list[_Item]).decode,
-    ),
-}
-
-
-def _end_of_body(raw: bytes) -> int:
-    """Where the body probably ends in a line that doesn't end in two brackets; -1: unknown."""
-    line = raw.rstrip(b" \t\r\n")
-    if line.endswith(b"}}"):
-        return len(line) - 1
-    # Sorted by name, the body comes first.
-    return max(line.rfind(b'},"custom_id"'), line.rfind(b'}, "custom_id"')) + 1 or -1
-
-
-def _ends_of_prompt(body: bytes, at: int, list_end: bytes) -> Iterator[int]:
-    """Where the list or string that begins at `at` may end, the likeliest first."""
-    if body.startswith(b"[", at):
-        yield body.rfind(b"]") + 1
-        for end in (body.find(list_end, at), body.rfind(list_end, at)):
-            if end > 0:
-                yield end + 2
-    elif match := _STRING.match(body, at):
-        yield match.end()
 
 
 def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.Raw]) -> _Verdict:

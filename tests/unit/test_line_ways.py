@@ -262,3 +262,33 @@ class TestWhatThePlannerNeeds:
         assert LineParser("/v1/embeddings").parse_short(raw) is None
         with pytest.raises(LineProblem, match="the batch is for"):
             LineParser("/v1/embeddings").parse(raw)
+
+
+@pytest.mark.parametrize("url", [CHAT, "/v1/completions"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 5},
+        {"max_tokens": None, "seed": 3, "temperature": 0.7, "top_p": 1, "user": "u"},
+        {"max_tokens": 5, "max_completion_tokens": 7},
+        {"max_tokens": 2**30},
+        {"max_tokens": 2**63},
+        {"max_tokens": True},
+        {"seed": 2**64},
+        {"seed": 1.0},
+        {"temperature": 0},
+        {"temperature": "0"},
+        {"stream": False},
+        {"stream": True},
+        {"stream": 0},
+        {"user": 5},
+        {"model": 5},
+        {"messages": 5},
+        {"prompt": 5},
+        {"odd": 5},
+    ],
+)
+def test_the_usual_fields_are_judged_alike(url: str, fields: dict[str, Any]) -> None:
+    prompt = {"messages": MESSAGES} if url == CHAT else {"prompt": "x"}
+    raw = json.dumps(usual(prompt | fields, url=url)).encode()
+    assert LineParser().parse_short(raw) == plain(raw)
