@@ -195,7 +195,7 @@ _message_fields: dict[str, Check] = {
     "role": text_up_to(64),
     "content": text_or(array(_part)),
     "name": text,
-    "tool_calls": array(_tool_call, setting="max_tools"),
+    "tool_calls": array(_tool_call, most=128),
     "tool_call_id": text,
     "tools": _tools,
     "reasoning": text,
