@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench torture clean
+.PHONY: help setup demo test lint format bench torture audit clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,9 @@ lint: setup  ## Check style, types and the direction of imports
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy
 	$(PYTHON_IN_VENV) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+
+audit: setup  ## Ask which packages of the locks have known vulnerabilities (needs the network)
+	$(PYTHON_IN_VENV) tools/audit.py
 
 format: setup  ## Rewrite the code in the agreed style
 	$(PYTHON_IN_VENV) -m ruff check --fix .

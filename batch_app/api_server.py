@@ -25,7 +25,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from batch_app import __version__
+from batch_app import __version__, floors
 from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
@@ -102,6 +102,8 @@ def _announce(services: Services) -> None:
             "⚠️  --no-auth: nobody is asked for an API key. Whoever reaches "
             f"{services.settings.host} may use this server, read all results and delete them."
         )
+    for warning in floors.warnings(floors.SERVER_FLOORS):
+        _say(f"⚠️  {warning}")
     _say("✅ Batch API Server started")
 
 

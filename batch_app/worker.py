@@ -23,6 +23,7 @@ from types import FrameType
 
 import psutil
 
+from batch_app import floors
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.clock import DueClock
@@ -385,6 +386,8 @@ def run_worker(settings: Settings) -> int:
     signal.signal(signal.SIGTERM, on_signal)
     worker = Worker(settings, stop=stop)
     _print_banner(settings)
+    for warning in floors.warnings(floors.WORKER_FLOORS):
+        logger.warning("%s", warning)
     worker.run()
     _say("Stopped.")
     return 0
