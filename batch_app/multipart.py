@@ -161,7 +161,8 @@ def _short(name: str | None) -> str:
 
 
 def clean_filename(raw: bytes) -> str:
-    """The name a user gave a file, fit to be shown: no folders, no control characters, not long."""
+    """The name a user gave a file, fit to be shown and to stand in a header: no folders, no control
+    characters, no double quotes, not long."""
     name = raw.decode("utf-8", "replace").replace("\\", "/").rsplit("/", 1)[-1]
-    name = "".join(char for char in name if char.isprintable()).strip()
+    name = "".join(char for char in name if char.isprintable() and char != '"').strip()
     return name[:MAX_FILENAME_CHARS] or "upload.jsonl"

@@ -77,7 +77,7 @@ def main(options: Sequence[str]) -> int:
             path.write_text("\n".join(pinned.values()) + "\n", encoding="utf-8")
             command = [sys.executable, "-m", "pip_audit", "--requirement", str(path), "--no-deps"]
             command += ["--disable-pip", "--format", "json", "--progress-spinner", "off", *options]
-            run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
             try:
                 reports += json.loads(run.stdout)["dependencies"]
             except (ValueError, KeyError):

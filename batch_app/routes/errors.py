@@ -112,6 +112,8 @@ def _headers(error: BatchAppError, status: int) -> Mapping[str, str] | None:
     if isinstance(error, Forbidden) and error.scope is not None:
         scope = f', error="insufficient_scope", scope="{error.scope}"'
         return {"www-authenticate": CHALLENGE + scope}
+    if isinstance(error, TooSlow):
+        return {"connection": "close"}  # else the rest would go on arriving as slowly
     return _HEADERS.get(status)
 
 
