@@ -348,7 +348,8 @@ def _print(report: Report) -> None:
     console.print(f"\n{report['workload']}: {report['about']}", markup=False)
     for figures in [report["figures"]] if "figures" in report else report["resume"]:
         for name, value in figures.items():
-            console.print(f"  {name:24} {value:,}", markup=False)
+            shown = str(value) if isinstance(value, bool) else f"{value:,}"
+            console.print(f"  {name:24} {shown}", markup=False)
         console.print()
 
 

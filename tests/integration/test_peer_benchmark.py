@@ -43,6 +43,21 @@ def test_a_workload_from_end_to_end(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
+def test_settings_of_ours_reach_the_run(tmp_path: Path) -> None:
+    out = tmp_path / "duplicates.json"
+    arguments = ("--workload", "duplicates", "--requests", "20", "--runs", "1")
+    done = run(tmp_path, *arguments, "--contender", "ours,ours-no-duplicates", "--json", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["skipped"] == {}
+    [runs] = report["rounds"]
+    assert {name: figures["num_computed"] for name, figures in runs.items()} == {
+        "ours": 10,
+        "ours-no-duplicates": 20,
+    }
+    assert report["equal_answers"] == {"ours": 1.0, "ours-no-duplicates": 1.0}
+
+
 def test_kill_and_resume_computes_at_most_a_window_twice(tmp_path: Path) -> None:
     out = tmp_path / "resume.json"
     arguments = ("--workload", "resume", "--runs", "1", "--requests", "500")
