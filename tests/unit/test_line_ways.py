@@ -103,6 +103,7 @@ def test_the_hole_cannot_be_dug_by_the_sender() -> None:
         b'{"custom_id":"a","body":{"messages":1,"messages":%b}}' % messages,
         b'{"custom_id":"a","body":{"messages":%b},"body":{}}' % messages,
         b'{"custom_id":"a","body":{},"body":{"messages":%b}}' % messages,
+        b'{"body":{"messages":%b},"custom_id":"a","body":5}' % messages,
         b'{"custom_id":"\\"body\\":{","body":{"messages":%b}}' % messages,
         b'{"body":{"messages":%b,"priority":1},"custom_id":"a"}' % messages,
         b'{"custom_id":"a","body":{"m\\u0065ssages":5,"tools":[{"messages":%b}]}}' % messages,
