@@ -141,6 +141,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.records)
 
+    def models_of(self, numbers: npt.NDArray[np.int64]) -> list[str]:
+        """The models that these requests run on, in the order of the file."""
+        counts = np.bincount(self.records["model"][numbers], minlength=len(self.models))
+        return [model for model, count in zip(self.models, counts, strict=True) if count]
+
     @classmethod
     def load(cls, folder: Path) -> Index:
         """Raises IndexUnreadable when the files are missing, torn or of another version."""

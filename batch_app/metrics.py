@@ -92,10 +92,12 @@ class _Collector(Collector):
     def _work(self) -> Iterator[Metric]:
         totals = self._reading.totals
         requests: dict[tuple[str, ...], float] = {}
+        deduplicated: dict[tuple[str, ...], float] = {}
         tokens: dict[tuple[str, ...], float] = {}
         for model, progress in totals.progress.items():
             requests[model, "completed"] = progress.completed
             requests[model, "failed"] = progress.failed
+            deduplicated[model,] = progress.deduplicated
             counts = progress.tokens
             tokens[model, "prompt"] = counts.prompt_tokens
             tokens[model, "completion"] = counts.completion_tokens
@@ -103,6 +105,12 @@ class _Collector(Collector):
             tokens[model, "reasoning"] = counts.reasoning_tokens
         yield _counter(
             "requests", "Requests with a result on disk.", requests, ["model", "outcome"]
+        )
+        yield _counter(
+            "deduplicated_requests",
+            "Of these, requests that got the answer of an equal one.",
+            deduplicated,
+            ["model"],
         )
         yield _counter(
             "tokens",

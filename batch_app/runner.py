@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from batch_app.config import Settings
 from batch_app.copies import Copies, logged_outcome
 from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
 from batch_app.engine.base import Engine, Outcome
+from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     Conflict,
@@ -45,6 +48,7 @@ from batch_app.registry import ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
 from batch_app.validation import intake_rules
+from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
 
@@ -92,7 +96,12 @@ class Runner:
         benchmarks: BenchmarkFolder,
         stop: threading.Event,
         clock: Callable[[], datetime] = utc_now,
+        prefetch: Prefetch | None = None,
+        next_model: Callable[[], str | None] = lambda: None,
     ) -> None:
+        """`next_model`: which one the next batch in the queue needs, as it stands now."""
+        self._prefetch = prefetch or Prefetch()
+        self._next_model = next_model
         self._store = store
         self._data = data
         self._settings = settings
@@ -178,6 +187,7 @@ class _Run:
         self._keeper = keeper
         self._tally = Tally()
         self._lives: Lives | None = None
+        self._warmup: Warmup | None = None
         self._next_progress = 0.0
         self._progress_tokens = 0
         self._progress_at = 0.0
@@ -216,9 +226,11 @@ class _Run:
     def _run_groups(self) -> None:
         registry = ModelRegistry.load(self._settings.models)
         input_path = self._runner._data.input_file(self._batch.input_file_id)
+        todo = self._log.todo()
+        after = dict(pairwise(self._index.models_of(todo)))
         groups = plan(
             self._index,
-            self._log.todo(),
+            todo,
             by_prefix=self._settings.order == "prefix",
             deduplicate=self._settings.deduplicate and self._batch.deduplicate,
             usual_tokens=self._usual_tokens(),
@@ -251,8 +263,18 @@ class _Run:
                 stop=self._runner._stop,
             )
             for group in groups:
+                entry = registry.get(group.model)
+                self._warmup = None
                 self._copy_answers(group, inputs)
-                lives.run(registry.get(group.model), group)
+                self._warmup = Warmup(
+                    prefetch=self._runner._prefetch,
+                    registry=registry,
+                    current=entry,
+                    num_requests=len(group.numbers) + len(group.waiting),
+                    next_model=partial(self._next_model, after.get(group.model)),
+                    say=self._batch_log.write,
+                )
+                lives.run(entry, group)
         self._keeper.flush()
 
     def _usual_tokens(self) -> dict[str, int]:
@@ -279,6 +301,10 @@ class _Run:
                 self._deliver(deliveries, 0)
         self._keeper.flush()
 
+    def _next_model(self, of_next_group: str | None) -> str | None:
+        """Which one runs next: in this batch, else in the queue."""
+        return of_next_group or self._runner._next_model()
+
     def _check(self, *, draining: bool) -> None:
         """Raise whatever should end this run: LeaseLost, a full disk, Cancelled, Stopped."""
         self._keeper.check()
@@ -293,6 +319,8 @@ class _Run:
         if deliveries:
             self._tally.add([one.outcome for one in deliveries if not one.copied])
             self._keeper.deliver(deliveries)
+        if self._warmup is not None:
+            self._warmup.delivered(len(deliveries))
         self._log_progress(num_in_flight)
 
     def _log_progress(self, num_in_flight: int) -> None:

@@ -31,6 +31,7 @@ from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Choice, Waiting
 from batch_app.engine.limits import LoweredLimits
+from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     BatchAppError,
@@ -91,6 +92,7 @@ class Worker:
             self._count_load,
         )
         self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
+        self._prefetch = Prefetch()
         self._runner = Runner(
             store=self._store,
             data=self._data,
@@ -99,6 +101,8 @@ class Worker:
             benchmarks=self._benchmarks,
             stop=stop,
             clock=clock,
+            prefetch=self._prefetch,
+            next_model=self._next_model,
         )
         self._wakeup = WakeupFile(self._data.wakeup_file)
         self._notifier = ServiceNotifier()
@@ -129,6 +133,7 @@ class Worker:
                 self._wakeup.wait(self._settings.poll_interval_s, self._stop)
         finally:
             self._notifier.stopping()
+            self._prefetch.stop()
             self._slot.unload()
             self._stop.set()
             heart.join()
@@ -156,6 +161,13 @@ class Worker:
             bound_s=self._settings.max_passed_over_s,
             run_s=self._expected_run_s,
         )
+
+    def _next_model(self) -> str | None:
+        try:
+            now = self._clock()
+            return self._store.next_model(lambda waiting: self._pick(waiting, now))
+        except (StoreUnavailable, StorageFull):
+            return None
 
     def _expected_run_s(self, batch: Waiting) -> float | None:
         record = self._benchmarks.latest(batch.model)

@@ -42,11 +42,7 @@ class LeaseStore(Transactions):
         so that a former holder can change nothing any more. What was cancelled before any worker
         had it is left to `claim_to_close`: its lines may not even be checked.
         """
-        begun = and_(
-            batches.c.status.in_([status.value for status in LEASED]),
-            batches.c.started_at.is_not(None),
-        )
-        wanted = or_(batches.c.status == BatchStatus.QUEUED.value, begun)
+        wanted = _wanted()
         if not self._is_any_free(wanted):
             return None
         with self._write() as connection:
@@ -66,6 +62,18 @@ class LeaseStore(Transactions):
             if batch.status is BatchStatus.QUEUED:
                 return change_state(connection, batch, BatchStatus.RUNNING, now)
             return batch
+
+    def next_model(self, pick: Pick = oldest) -> str | None:
+        """The model of the batch that `claim_next` would give away now. Changes nothing.
+
+        Batches of a worker that is believed gone are left out.
+        """
+        with self._read() as connection:
+            waiting = _waiting(connection, and_(_wanted(), batches.c.lease_owner.is_(None)))
+        choice = pick(waiting)
+        if choice is None:
+            return None
+        return next(batch.model for batch in waiting if batch.batch_id == choice.batch_id)
 
     def claim_to_validate(self, holder: str, lease_s: float) -> Batch | None:
         """Give the caller the oldest batch whose lines are to be checked."""
@@ -204,6 +212,15 @@ def _leases(connection: Connection) -> list[Lease]:
 
 def _lease(batch: Batch) -> Lease:
     return Lease(batch.id, batch.epoch, batch.heartbeats, batch.lease_s or 0.0)
+
+
+def _wanted() -> ColumnElement[bool]:
+    """What a worker may run."""
+    begun = and_(
+        batches.c.status.in_([status.value for status in LEASED]),
+        batches.c.started_at.is_not(None),
+    )
+    return or_(batches.c.status == BatchStatus.QUEUED.value, begun)
 
 
 def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Waiting]:

@@ -68,6 +68,7 @@ class TotalsStore(Transactions):
             columns.total,
             columns.completed,
             columns.failed,
+            columns.deduplicated,
             columns.prompt_tokens,
             columns.completion_tokens,
             columns.cached_tokens,
@@ -98,6 +99,7 @@ class TotalsStore(Transactions):
                         int(row.cached_tokens),
                         int(row.reasoning_tokens),
                     ),
+                    before.deduplicated + int(row.deduplicated),
                 )
                 if row.status in unfinished:
                     rest = max(int(row.total) - int(row.completed) - int(row.failed), 0)

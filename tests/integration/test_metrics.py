@@ -60,7 +60,7 @@ def test_batches_requests_and_tokens(api: Api) -> None:
     assert batch is not None
     assert batch.id == first
     tokens = TokenCounts(100, 20, 30, 7)
-    api.store.renew(batch, lease_s=30, progress=Progress(4, 1, tokens))
+    api.store.renew(batch, lease_s=30, progress=Progress(4, 1, tokens, 3))
 
     samples = scrape(api)
     assert value(samples, "batches", status="running") == 1
@@ -69,6 +69,7 @@ def test_batches_requests_and_tokens(api: Api) -> None:
     assert value(samples, "requests_waiting", model="sim") == 3
     assert value(samples, "requests_total", model=GUIDE_MODEL, outcome="completed") == 4
     assert value(samples, "requests_total", model=GUIDE_MODEL, outcome="failed") == 1
+    assert value(samples, "deduplicated_requests_total", model=GUIDE_MODEL) == 3
     for kind, number in [("prompt", 100), ("completion", 20), ("cached", 30), ("reasoning", 7)]:
         assert value(samples, "tokens_total", model=GUIDE_MODEL, kind=kind) == number
     assert 0 < value(samples, "oldest_waiting_seconds") < 60

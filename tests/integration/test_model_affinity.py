@@ -38,3 +38,21 @@ def test_alternating_models_cost_two_loads(
     started = [site.wait_until_done(batch_id).started_at for batch_id in ids]
     assert sorted(range(4), key=lambda number: started[number] or 0) == order
     assert sum(site.log(batch_id).count("Loading") for batch_id in ids) == loads
+
+
+def test_the_next_models_weights_are_read_while_this_one_runs(
+    start_site: Callable[..., Site], tmp_path: Path
+) -> None:
+    site = start_site()
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(bytes(1000))
+    with site.settings.models.open("a") as registry:
+        registry.write(f'[[model]]\nname = "next"\nsource = "{weights}"\nengine = "sim"\n')
+    first = site.submit((echo_line(n) for n in range(800)), "slow")
+    second = site.submit([echo_line(0)], "next")
+    site.start_worker()
+    for batch_id in (first, second):
+        site.wait_until_done(batch_id)
+    assert site.log(first).count("Reading the weights of next ahead") == 1
+    assert "Reading" not in site.log(second)

@@ -15,6 +15,7 @@ from batch_app.core import (
     TRANSITIONS,
     Batch,
     BatchStatus,
+    Choice,
     Dialect,
     FilePurpose,
     LineError,
@@ -175,6 +176,23 @@ def test_claims_are_first_in_first_out(store: Store) -> None:
         batch_id(2),
         None,
     ]
+
+
+def test_the_next_model_is_that_of_the_next_claim_and_asking_changes_nothing(
+    store: Store,
+) -> None:
+    assert store.next_model() is None
+    add(store, 1, BatchStatus.VALIDATING, model="a")
+    for number, model in [(2, "b"), (3, "c")]:
+        add(store, number, model=model)
+    for expected in ("b", "c"):
+        assert store.next_model() == store.next_model() == expected
+        assert store.next_model(lambda waiting: Choice(waiting[-1].batch_id)) == "c"
+        claimed = store.claim_next("w", LEASE_S, NOW)
+        assert claimed is not None
+        assert (claimed.model, claimed.epoch) == (expected, 1)
+    assert store.next_model() is None
+    assert store.next_model(lambda _: None) is None
 
 
 def test_a_batch_whose_lease_ran_out_is_rescued_under_a_higher_epoch(
