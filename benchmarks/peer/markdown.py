@@ -8,6 +8,7 @@ Replaces what stands between the two marks; what is written around them stays.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,16 @@ Report = Mapping[str, Any]
 
 
 def load_reports(folder: Path) -> list[Report]:
-    """All reports of a folder and of those in it, in the order of the workloads."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    """All reports of a folder and of those in it, in the order of the workloads.
+
+    `plot` is where the picture of a report lies, if there is one beside it.
+    """
+    reports = []
+    for path in sorted(folder.rglob("*.json")):
+        report = json.loads(path.read_text())
+        if path.with_suffix(".svg").is_file():
+            report["plot"] = path.with_suffix(".svg")
+        reports.append(report)
     return sorted(reports, key=lambda report: ORDER.index(report["workload"]))
 
 
@@ -129,7 +138,11 @@ def _workload(report: Report) -> str:
     note += f"; at least {least:.1%} of the answers are the same, letter for letter."
     if report.get("infinite_hit_share"):
         note += f" A cache without a limit: {report['infinite_hit_share']:.1%} hits."
-    return "\n".join([*lines, note, ""])
+    lines += [note, ""]
+    if "plot" in report:
+        target = Path(os.path.relpath(report["plot"], PAGE.parent)).as_posix()
+        lines += [f"![{report['workload']}]({target})", ""]
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -45,4 +45,4 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         axis.tick_params(labelsize=8)
         axis.invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -16,6 +16,7 @@ from benchmarks.peer.comparison import Comparison
 from benchmarks.peer.contenders import Run, engine_arguments
 from benchmarks.peer.counted import Count
 from benchmarks.peer.machine import Machine, this_machine
+from benchmarks.peer.plot import plot
 from benchmarks.peer.report import Spread, print_report, ratios, spreads
 from benchmarks.peer.workloads import WORKLOADS, Limits, line
 
@@ -121,6 +122,12 @@ def test_the_page_is_made_of_the_reports(tmp_path: Path) -> None:
     assert wanted in section
     assert "| ours | 300.0 (280.0–330.0) | 9,600 | 11.0 | 1,000 | 50.0% | 3,000 |" in section
     assert "at least 99.8% of the answers" in section
+    assert "![unique]" not in section
+    pytest.importorskip("matplotlib")
+    plot(a_report(), tmp_path / "unique.svg")
+    assert "<svg" in (tmp_path / "unique.svg").read_text()
+    section = markdown.render(markdown.load_reports(tmp_path))
+    assert "![unique](" in section
     page = f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n"
     made = markdown.page_with(section, page)
     assert made.startswith("before\n")
