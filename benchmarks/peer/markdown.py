@@ -134,7 +134,7 @@ def _workload(report: Report) -> str:
     lines.append("")
     num_rounds = len(report["rounds"])
     least = min(report["equal_answers"].values(), default=1.0)
-    note = f"Medians of {num_rounds} rounds in turn"
+    note = f"Medians of {num_rounds} rounds in turn" if num_rounds > 1 else "One round"
     note += f"; at least {least:.1%} of the answers are the same, letter for letter."
     if report.get("infinite_hit_share"):
         note += f" A cache without a limit: {report['infinite_hit_share']:.1%} hits."
