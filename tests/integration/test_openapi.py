@@ -109,23 +109,29 @@ def test_every_answer_is_declared(world: World, real: dict[str, list[str]]) -> N
     assert not lies
 
 
-def as_localhost(app: Any) -> Any:
-    """Schemathesis calls the app by a name of its own, which isn't answered."""
+def as_localhost(app: Any, token: str | None = None) -> Any:
+    """Schemathesis calls the app by a name of its own, which isn't answered, and with no key."""
+    sent = [(b"host", b"localhost")]
+    if token is not None:
+        sent.append((b"authorization", f"Bearer {token}".encode()))
 
     async def called(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
-            headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
-            scope = scope | {"headers": [(b"host", b"localhost"), *headers]}
+            ours = (b"host", b"authorization")
+            headers = [(name, value) for name, value in scope["headers"] if name not in ours]
+            scope = scope | {"headers": [*sent, *headers]}
         await app(scope, receive, send)
 
     return called
 
 
-def ask(operation: Any, mode: GenerationMode, real: dict[str, list[str]]) -> None:
+def ask(
+    operation: Any, mode: GenerationMode, real: dict[str, list[str]], examples: int = EXAMPLES
+) -> None:
     """Ask what is right by the document (positive), or what is wrong by it."""
 
     @hypothesis.seed(20260101)
-    @hypothesis.settings(max_examples=EXAMPLES, suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(max_examples=examples, suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(
         case=operation.as_strategy(generation_mode=mode),
         which=st.integers(0, 8),
