@@ -1,0 +1,152 @@
+"""Each question that the API asks the store is filtered by itself, whatever was asked before it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_app.core import (
+    Batch,
+    BatchStatus,
+    Dialect,
+    FilePurpose,
+    Idempotency,
+    StoredFile,
+    Upload,
+    UploadPart,
+    UploadStatus,
+)
+from batch_app.errors import NotFound, TooMany
+from batch_app.files import new_id
+from batch_app.keys import EVERYBODY, Caller
+from batch_app.store import Store
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ANA, BOB = Caller("ana", sees_all=False), Caller("bob", sees_all=False)
+ADMIN = Caller("admin", sees_all=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{tmp_path / 'batch_jobs.db'}")
+    store.migrate()
+    yield store
+    store.close()
+
+
+def a_file(owner: str = "ana") -> StoredFile:
+    return StoredFile(new_id("file"), FilePurpose.BATCH, "a.jsonl", 10, NOW, owner=owner)
+
+
+def a_batch(file_id: str, owner: str = "ana") -> Batch:
+    return Batch(
+        id=new_id("batch"),
+        dialect=Dialect.NATIVE,
+        status=BatchStatus.QUEUED,
+        endpoint="/v1/chat/completions",
+        model="m",
+        input_file_id=file_id,
+        created_at=NOW,
+        queued_at=NOW,
+        total=1,
+        owner=owner,
+    )
+
+
+class Ana:
+    """What Ana has: a file of its own, one with a batch, and an upload with a part."""
+
+    def __init__(self, store: Store) -> None:
+        self.file, self.input = a_file(), a_file()
+        store.add_file(self.file)
+        self.batch = store.add_batch(a_batch(self.input.id), self.input)
+        self.upload = Upload(
+            new_id("upload"),
+            "u",
+            FilePurpose.BATCH,
+            4,
+            "text/plain",
+            UploadStatus.PENDING,
+            NOW,
+            NOW + timedelta(hours=1),
+            owner="ana",
+        )
+        store.add_upload(self.upload)
+        store.add_part(UploadPart(new_id("part"), self.upload.id, 4, NOW))
+
+
+def ask_of_key(store: Store, ana: Ana, who: Caller) -> Batch | None:
+    """A batch that an admin retried for Ana under an idempotency key; who asks uses the same."""
+    idempotency = Idempotency("run-7", "said")
+    batch = a_batch(ana.file.id)
+    store.add_batch(batch, idempotency=idempotency, seen_by=ADMIN if who.sees_all else ANA)
+    return store.batch_of_key(idempotency, seen_by=who)
+
+
+Question = Callable[[Store, Ana, Caller], Any]
+QUESTIONS: dict[str, Question] = {
+    "get_batch": lambda store, ana, who: store.get_batch(ana.batch.id, seen_by=who),
+    "list_batches": lambda store, ana, who: store.list_batches(limit=9, seen_by=who)[0],
+    "cancel_queued": lambda store, ana, who: store.cancel_queued(ana.batch.id, NOW, seen_by=who),
+    "request_cancel": lambda store, ana, who: store.request_cancel(ana.batch.id, NOW, seen_by=who),
+    "add_batch": lambda store, ana, who: store.add_batch(a_batch(ana.file.id), seen_by=who),
+    "batch_of_key": ask_of_key,
+    "get_file": lambda store, ana, who: store.get_file(ana.file.id, seen_by=who),
+    "list_files": lambda store, ana, who: store.list_files(limit=9, seen_by=who)[0],
+    "delete_file": lambda store, ana, who: store.delete_file(ana.file.id, NOW, seen_by=who),
+    "get_upload": lambda store, ana, who: store.get_upload(ana.upload.id, NOW, seen_by=who),
+    "get_parts": lambda store, ana, who: store.get_parts(ana.upload.id, seen_by=who),
+    "complete_upload": lambda store, ana, who: store.complete_upload(
+        ana.upload.id, a_file(), seen_by=who
+    ),
+    "cancel_upload": lambda store, ana, who: store.cancel_upload(ana.upload.id, seen_by=who),
+}
+
+
+def test_no_filtered_question_is_missing_here() -> None:
+    filtered = {
+        name
+        for name, method in inspect.getmembers(Store, inspect.isfunction)
+        if "seen_by" in inspect.signature(method).parameters
+    }
+    assert filtered == set(QUESTIONS)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_somebody_else_gets_nothing(store: Store, question: str) -> None:
+    ana = Ana(store)
+    with suppress(NotFound):
+        assert not QUESTIONS[question](store, ana, BOB)
+    assert store.get_batch(ana.batch.id).status is BatchStatus.QUEUED
+    assert store.get_file(ana.file.id)
+    assert store.get_upload(ana.upload.id, NOW).status is UploadStatus.PENDING
+
+
+@pytest.mark.parametrize("who", [ANA, ADMIN], ids=["ana", "admin"])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_the_owner_and_the_admin_get_it(store: Store, question: str, who: Caller) -> None:
+    assert QUESTIONS[question](store, Ana(store), who)
+
+
+def test_the_program_itself_sees_all(store: Store) -> None:
+    ana = Ana(store)
+    assert store.get_batch(ana.batch.id) == store.get_batch(ana.batch.id, seen_by=EVERYBODY)
+
+
+def test_unfinished_batches_are_counted_by_owner(store: Store) -> None:
+    ana = Ana(store)
+    with pytest.raises(TooMany):
+        store.add_batch(a_batch(ana.file.id), seen_by=ANA, max_unfinished=1)
+    bobs = a_file("bob")
+    store.add_batch(a_batch(bobs.id, "bob"), bobs, seen_by=BOB, max_unfinished=1)
+    store.cancel_queued(ana.batch.id, NOW)
+    store.add_batch(a_batch(ana.file.id), seen_by=ANA, max_unfinished=1)
+    with pytest.raises(TooMany):
+        store.require_room("ana", 1)
+    store.require_room("ana", 0)
