@@ -197,6 +197,47 @@ def run(
     raise typer.Exit(code)
 
 
+@app.command()
+def backup(
+    target: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    data_dir: DataFolder = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Copy database and files to a folder, also while server and worker run."""
+    from batch_app.backup import back_up
+    from batch_app.files import DataDir
+
+    settings = _settings(data_dir=data_dir, database_url=database_url)
+    try:
+        made = back_up(DataDir(settings.data_dir), settings.resolved_database_url, target)
+    except BatchAppError as error:
+        raise _ended(error) from None
+    except OSError as error:
+        raise _ended(BatchAppError(str(error))) from None
+    print(f"✅ {made.num_files:,} files, {made.num_bytes:,} bytes in {target}")
+
+
+@app.command()
+def restore(
+    source: Annotated[Path, typer.Argument(help="Folder that `backup` made.")],
+    data_dir: DataFolder = None,
+    database_url: DatabaseUrl = None,
+) -> None:
+    """Check a back-up and put it into an empty data folder. Unfinished batches go on from it."""
+    from batch_app import backup as backups
+    from batch_app.files import DataDir
+
+    settings = _settings(data_dir=data_dir, database_url=database_url)
+    try:
+        data = DataDir(settings.data_dir)
+        restored = backups.restore(source, data, settings.resolved_database_url)
+    except BatchAppError as error:
+        raise _ended(error) from None
+    except OSError as error:
+        raise _ended(BatchAppError(str(error))) from None
+    print(f"✅ {restored.num_files:,} files, {restored.num_bytes:,} bytes in {settings.data_dir}")
+
+
 def main() -> None:
     app()
 

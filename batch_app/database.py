@@ -11,6 +11,7 @@ so `pysqlite3`, which carries its own, goes first where it is installed.
 from __future__ import annotations
 
 import importlib
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
@@ -264,6 +265,32 @@ def connect(url: str) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file behind this URL; None where it isn't a file of SQLite's."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return None if parsed.database == ":memory:" else Path(parsed.database)
+
+
+def copy_sqlite(source: Path, target: Path) -> None:
+    """Copy a database that may be in use, as it is at one moment, to a file that is new.
+
+    Raises OSError where it can't be read or written.
+    """
+    driver = sqlite_driver()
+    if not source.exists():
+        raise FileNotFoundError(f"There is no database at {source}.")
+    try:
+        with (
+            closing(driver.connect(str(source), timeout=BUSY_TIMEOUT_S)) as there,
+            closing(driver.connect(str(target))) as here,
+        ):
+            there.backup(here)
+    except driver.Error as error:
+        raise OSError(f"The database can't be copied: {error}") from error
 
 
 def migrate(engine: Engine) -> None:

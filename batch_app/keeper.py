@@ -1,7 +1,8 @@
 """The keeper of a claimed batch: commits its results in groups and keeps its lease.
 
-In a thread of its own, so that neither a slow disk nor a busy database ever holds the engine up.
-Progress is told to the store only after the results it counts are on disk.
+In threads of its own, so that neither a slow disk nor a busy database ever holds the engine up, nor
+one the other: while the database is locked, results go on being committed; while the disk is slow,
+the lease is kept. Progress is told to the store only after the results it counts are on disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Progress, TokenCounts
 from batch_app.engine.base import Outcome
-from batch_app.errors import BatchAppError, LeaseLost, StoreUnavailable
+from batch_app.errors import LeaseLost, StoreUnavailable
 from batch_app.faults import crash_point
 from batch_app.results import ResultsLog
 from batch_app.store import Store
@@ -58,16 +59,19 @@ class Keeper:
         self._backlog: list[Delivery] = []
         self._busy = False
         self._stopping = False
-        self._error: BatchAppError | None = None
+        self._error: Exception | None = None
         self._told = log.progress
         self._store_is_away = False
         self._num_failures_logged = 0
         #: Set when somebody asked for the batch to be cancelled.
         self.cancel_requested = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+        self._all_committed = False  # and nothing more will be
+        self._committer = threading.Thread(target=self._commit_all, name="committer", daemon=True)
+        self._teller = threading.Thread(target=self._tell_all, name="teller", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        self._committer.start()
+        self._teller.start()
 
     def deliver(self, deliveries: Sequence[Delivery]) -> None:
         """Hand over finished requests. Waits when the disk is far behind. Raises as `check`."""
@@ -79,7 +83,7 @@ class Keeper:
         self.check()
 
     def check(self) -> None:
-        """Raise what has gone wrong in the keeper's thread, if anything has.
+        """Raise what has gone wrong in the keeper's threads, if anything has.
 
         Raises:
             LeaseLost: another worker owns the batch; nothing more must be written.
@@ -89,25 +93,41 @@ class Keeper:
             raise self._error
 
     def flush(self) -> Progress:
-        """Wait until everything delivered is committed, and told. Raises as `check`."""
+        """Wait until everything delivered is committed, and told if the database answers.
+
+        Raises as `check`.
+        """
         with self._lock:
-            while (self._backlog or self._busy) and self._error is None:
+            while self._is_behind() and self._error is None:
                 self._lock.notify_all()
                 self._lock.wait(self._settings.commit_interval_s)
         self.check()
         return self._log.progress
 
     def stop(self) -> None:
-        """End the thread. What was delivered and not flushed may be lost, to be run again."""
+        """End the threads. What was delivered and not flushed may be lost, to be run again."""
         with self._lock:
             self._stopping = True
             self._lock.notify_all()
-        self._thread.join()
+        self._committer.join()
+        with self._lock:
+            self._all_committed = True
+            self._lock.notify_all()
+        self._teller.join()
 
-    # -- the keeper's thread -------------------------------------------------------------------
+    def _is_behind(self) -> bool:
+        if self._backlog or self._busy:
+            return True
+        return self._told != self._log.progress and not self._store_is_away
 
-    def _run(self) -> None:
-        next_beat = 0.0
+    def _fail(self, error: Exception) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._lock.notify_all()
+
+    # -- the keeper's threads ------------------------------------------------------------------
+
+    def _commit_all(self) -> None:
         while True:
             with self._lock:
                 if not self._stopping:
@@ -119,16 +139,38 @@ class Keeper:
                 self._lock.notify_all()
             try:
                 self._commit(deliveries)
-                if self._log.progress != self._told or time.monotonic() >= next_beat:
-                    self._tell()
-                    next_beat = time.monotonic() + self._settings.heartbeat_s
-            except BatchAppError as error:
-                self._error = error
+            except Exception as error:  # noqa: BLE001 - `check` raises it where the batch runs
+                self._fail(error)
                 return
             finally:
                 with self._lock:
                     self._busy = False
                     self._lock.notify_all()
+
+    def _tell_all(self) -> None:
+        next_beat = 0.0
+        while True:
+            with self._lock:
+                while self._told == self._log.progress or self._store_is_away:
+                    wait_s = next_beat - time.monotonic()
+                    if wait_s <= 0 or self._all_committed or self._error is not None:
+                        break
+                    self._lock.wait(wait_s)
+                if self._error is not None:
+                    return
+                if self._all_committed and (self._told == self._log.progress):
+                    return
+                last = self._all_committed
+            try:
+                self._tell()
+            except Exception as error:  # noqa: BLE001 - the same
+                self._fail(error)
+                return
+            with self._lock:
+                self._lock.notify_all()
+            if last:
+                return
+            next_beat = time.monotonic() + self._settings.heartbeat_s
 
     def _commit(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:

@@ -1,4 +1,4 @@
-"""Write the documents that are made from the code: docs/settings.md.
+"""Write the documents that are made: docs/settings.md from the code, docs/reliability.md from a report.
 
 python tools/write_docs.py            write them
 python tools/write_docs.py --check    exit with 1 if one of them is out of date
@@ -6,6 +6,7 @@ python tools/write_docs.py --check    exit with 1 if one of them is out of date
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -43,7 +44,63 @@ def settings_page() -> str:
     return SETTINGS_HEAD + "".join(rows)
 
 
-PAGES = {ROOT / "docs" / "settings.md": settings_page}
+REPORT = ROOT / "docs" / "reliability.json"
+
+RELIABILITY_HEAD = """\
+# Reliability
+
+**The promise.** Every request is answered exactly once in the published files, whatever is killed; nothing
+accepted is lost. How that is done: [architecture](architecture.md), [the life of a batch](state_machine.md),
+[decision 1](decisions/0001-results-log-in-sealed-segments.md), [decision
+7](decisions/0007-leases-are-watched-not-dated.md).
+
+**How it is tried.** `make torture` (`TRIALS=300 SEED=1`) runs trials, each from a seed of its own. A trial
+submits batches of up to 300 requests to real processes, a tenth of them requests that the model refuses, and
+does one of three things: it kills worker, engine, API server or all of them at random times; it has a process
+die at a named crash point (`batch_app/faults.py`); or it has the Nth write (also torn), fsync, rename, link,
+opening of a file or commit of the database fail, once or for good. Then processes with nothing wrong finish the
+work, and this must hold: the ids in output and error file are together those of the input, each once, in order;
+each answer is the one to its own question; the counts match; nothing is left in the work folders; the database
+is intact. The engine is the simulated one. A failing trial says its seed; `--only SEED` repeats it, up to how
+far the processes happen to be at the moment.
+
+"""
+
+RELIABILITY_TAIL = """
+**What isn't covered.** A killed process is not a power loss: what the system had taken was still written. That
+fsync is called where it must be is tested, that the disk obeys it isn't. Two failures at a time, and disks that
+change bytes under way, are only in the tests of the results log (`tests/unit/test_results.py`), which cut it at
+every byte and flip every byte. PostgreSQL is not part of the trials, nor are several machines.
+"""
+
+
+def reliability_page() -> str:
+    """docs/reliability.md, its figures from the last report of `make torture`."""
+    report = json.loads(REPORT.read_text(encoding="utf-8"))
+    again = report["computed"] - report["needed"]
+    rows = "".join(f"| `{name}` | {count} |\n" for name, count in report["crash_points"].items())
+    return (
+        RELIABILITY_HEAD
+        + f"**The last report** ([reliability.json](reliability.json)), of {report['date']}, "
+        f"{report['machine']}: {report['trials']} trials from seed {report['seed']}, "
+        f"{report['requests']:,} requests, {len(report['failures'])} failures, "
+        f"in {report['seconds']:,} s.\n\n"
+        + "| | times |\n|---|---|\n"
+        + "".join(f"| trials: {kind} | {count} |\n" for kind, count in report["kinds"].items())
+        + "".join(f"| killed: {who} | {count} |\n" for who, count in report["killed"].items())
+        + "".join(f"| {call} | {n} |\n" for call, n in report["failed_calls"].items())
+        + f"\nOf {report['computed']:,} answers that the engine computed, {again:,} were computed "
+        f"again after a death, at most {report['most_computed_again']:,} in one trial.\n\n"
+        + "| crash point | deaths there |\n|---|---|\n"
+        + rows
+        + RELIABILITY_TAIL
+    )
+
+
+PAGES = {
+    ROOT / "docs" / "settings.md": settings_page,
+    ROOT / "docs" / "reliability.md": reliability_page,
+}
 
 
 def stale_pages() -> list[Path]:

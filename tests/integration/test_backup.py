@@ -1,0 +1,122 @@
+"""A back-up made while a batch runs, restored elsewhere, finishes that batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import orjson
+import pytest
+
+from batch_app.backup import MANIFEST, back_up, restore
+from batch_app.core import BatchStatus
+from batch_app.errors import ConfigError
+from batch_app.files import DataDir
+from support.site import REPO, Site, assert_answers_echo, echo_line
+
+SETTINGS = {"lease_s": 2.0, "heartbeat_s": 0.3, "poll_interval_s": 0.2, "commit_interval_s": 0.05}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    (tmp_path / "first").mkdir()
+    site = Site(tmp_path / "first", **SETTINGS)
+    yield site
+    site.close()
+
+
+def back_up_site(site: Site, target: Path) -> None:
+    back_up(site.data, site.settings.resolved_database_url, target)
+
+
+def test_a_running_batch_goes_on_from_its_back_up(site: Site, tmp_path: Path) -> None:
+    done_id = site.submit((echo_line(n) for n in range(20)), "sim")
+    batch_id = site.submit((echo_line(n) for n in range(1200)), "slow")
+    site.start_worker()
+    site.wait_until_done(done_id)
+    before = site.wait_for_progress(batch_id, 300)
+    target = tmp_path / "back-up"
+    command = [sys.executable, "-m", "batch_app.cli", "backup", str(target)]
+    command += ["--data-dir", str(site.settings.data_dir)]
+    made = subprocess.run(
+        command, cwd=REPO, check=False, capture_output=True, text=True, timeout=60
+    )
+    assert made.returncode == 0, made.stderr
+    assert "✅" in made.stdout
+    site.close()
+
+    elsewhere = tmp_path / "second"
+    elsewhere.mkdir()
+    url = f"sqlite:///{elsewhere / 'data' / 'database' / 'batch_jobs.db'}"
+    restore(target, DataDir(elsewhere / "data"), url)
+    other = Site(elsewhere, **SETTINGS)
+    try:
+        assert_answers_echo(other.results(done_id), 20)
+        assert other.batch(batch_id).status is BatchStatus.RUNNING
+        other.start_worker()
+        batch = other.wait_until_done(batch_id)
+        assert batch.status is BatchStatus.COMPLETED
+        assert_answers_echo(other.results(batch_id), 1200)
+        going_on = next(line for line in other.log(batch_id).splitlines() if "Going on" in line)
+        assert int(going_on.split("Going on: ")[1].split(" of ")[0].replace(",", "")) >= (
+            before.progress.done
+        )
+    finally:
+        other.close()
+
+
+@pytest.fixture
+def made(site: Site, tmp_path: Path) -> Path:
+    site.submit((echo_line(n) for n in range(5)), "sim")
+    back_up_site(site, tmp_path / "back-up")
+    return tmp_path / "back-up"
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def test_the_manifest_lists_every_file(made: Path) -> None:
+    manifest = orjson.loads((made / MANIFEST).read_bytes())
+    listed = {entry["path"] for entry in manifest["files"]}
+    assert listed | {MANIFEST} == {str(path.relative_to(made)) for path in files_of(made)}
+    assert len(listed) >= 4  # the database, an input file, two of an index
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "outside"])
+def test_a_damaged_back_up_is_refused_and_writes_nothing(
+    made: Path, tmp_path: Path, harm: str
+) -> None:
+    victim = next(path for path in files_of(made / "batches" / "input"))
+    content = victim.read_bytes()
+    if harm == "flip":
+        victim.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    elif harm == "cut":
+        victim.write_bytes(content[:-1])
+    elif harm == "remove":
+        victim.unlink()
+    elif harm == "manifest":
+        (made / MANIFEST).write_bytes(b"{")
+    else:
+        manifest = orjson.loads((made / MANIFEST).read_bytes())
+        manifest["files"][0]["path"] = "../../etc/passwd"
+        (made / MANIFEST).write_bytes(orjson.dumps(manifest))
+    target = tmp_path / "second" / "data"
+    with pytest.raises(ConfigError, match=r"damaged|not a back-up"):
+        restore(made, DataDir(target), f"sqlite:///{target / 'database' / 'batch_jobs.db'}")
+    assert not target.exists()
+
+
+def test_nothing_is_written_over(site: Site, made: Path) -> None:
+    with pytest.raises(ConfigError, match="exists"):
+        back_up_site(site, made)
+    with pytest.raises(ConfigError, match="exists"):
+        restore(made, site.data, site.settings.resolved_database_url)
+
+
+def test_another_database_is_refused(site: Site, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="SQLite"):
+        back_up(site.data, "postgresql://u@h/d", tmp_path / "back-up")
+    assert not (tmp_path / "back-up").exists()
