@@ -2,9 +2,9 @@
 
 A back-up is a folder: the database as one file, the files under `batches/`, and `manifest.json`
 with the size and SHA-256 of each. The order makes it whole. The database is copied first; every
-file that it speaks of is in its place by then, and stays there unless somebody deletes it. A results
-log is copied as far as it goes, and recovers like one that a crash cut off; that of a batch which
-ends meanwhile is left out, so that its requests run again after a restore.
+file that it speaks of is in its place by then, and stays there unless somebody deletes it. A
+results log is copied as far as it goes, and recovers like one that a crash cut off; that of a batch
+which ends meanwhile is left out, so that its requests run again after a restore.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ HEADER_BYTES = _HEAD.size + _CRC.size
 _SEAL_NUMBER = 0xFFFFFFFF
 _COPIED = 0x8000
 _MAX_PAYLOAD_BYTES = 1 << 30
+_NAME = re.compile(r"results-\d{8,}-\d{4,}\.log")
 _SCAN_BYTES = 8 << 20
 
 
@@ -174,12 +176,22 @@ def live_segments(work_dir: Path) -> list[Segment]:
     paths = sorted(work_dir.glob("results-*.log"), reverse=True)
     for path in paths:
         first = next(iter(_Scan(path, None)), None)
-        if first is None or first[0].number != _SEAL_NUMBER:
+        sealed = _read_seal(first[1]) if first and first[0].number == _SEAL_NUMBER else None
+        if sealed is None:
             continue  # its claim died before it could write a result
-        sealed: dict[str, int] = orjson.loads(first[1])
         older = [Segment(work_dir / name, length) for name, length in sealed.items()]
         return [*older, Segment(path, path.stat().st_size)]
     return []
+
+
+def _read_seal(payload: bytes) -> dict[str, int] | None:
+    """Names of segments, and the lengths that count; None where it can't be one of ours."""
+    try:
+        sealed: dict[str, int] = orjson.loads(payload)
+        good = all(_NAME.fullmatch(name) and length >= 0 for name, length in sealed.items())
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return sealed if good else None
 
 
 def iter_results(work_dir: Path) -> Iterator[bytes]:

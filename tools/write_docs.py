@@ -1,4 +1,4 @@
-"""Write the documents that are made: docs/settings.md from the code, docs/reliability.md from a report.
+"""Write the documents that are made: settings.md from the code, reliability.md from a report.
 
 python tools/write_docs.py            write them
 python tools/write_docs.py --check    exit with 1 if one of them is out of date
@@ -49,28 +49,30 @@ REPORT = ROOT / "docs" / "reliability.json"
 RELIABILITY_HEAD = """\
 # Reliability
 
-**The promise.** Every request is answered exactly once in the published files, whatever is killed; nothing
-accepted is lost. How that is done: [architecture](architecture.md), [the life of a batch](state_machine.md),
-[decision 1](decisions/0001-results-log-in-sealed-segments.md), [decision
+**The promise.** Every request is answered exactly once in the published files, whatever is killed;
+nothing accepted is lost. How that is done: [architecture](architecture.md), [the life of a
+batch](state_machine.md), [decision 1](decisions/0001-results-log-in-sealed-segments.md), [decision
 7](decisions/0007-leases-are-watched-not-dated.md).
 
-**How it is tried.** `make torture` (`TRIALS=300 SEED=1`) runs trials, each from a seed of its own. A trial
-submits batches of up to 300 requests to real processes, a tenth of them requests that the model refuses, and
-does one of three things: it kills worker, engine, API server or all of them at random times; it has a process
-die at a named crash point (`batch_app/faults.py`); or it has the Nth write (also torn), fsync, rename, link,
-opening of a file or commit of the database fail, once or for good. Then processes with nothing wrong finish the
-work, and this must hold: the ids in output and error file are together those of the input, each once, in order;
-each answer is the one to its own question; the counts match; nothing is left in the work folders; the database
-is intact. The engine is the simulated one. A failing trial says its seed; `--only SEED` repeats it, up to how
-far the processes happen to be at the moment.
+**How it is tried.** `make torture` (`TRIALS=300 SEED=1`) runs trials, each from a seed of its own.
+A trial submits batches of up to 300 requests to real processes, a tenth of them requests that the
+model refuses, and does one of three things: it kills worker, engine, API server or all of them at
+random times; it has a process die at a named crash point (`batch_app/faults.py`); or it has the Nth
+write (also torn), fsync, rename, link, opening of a file or commit of the database fail, once or
+for good. Then processes with nothing wrong finish the work, and this must hold: the ids in output
+and error file are together those of the input, each once, in order; each answer is the one to its
+own question; the counts match; nothing is left in the work folders; the database is intact. The
+engine is the simulated one. A failing trial says its seed; `--only SEED` repeats it, up to how far
+the processes happen to be at the moment.
 
 """
 
 RELIABILITY_TAIL = """
-**What isn't covered.** A killed process is not a power loss: what the system had taken was still written. That
-fsync is called where it must be is tested, that the disk obeys it isn't. Two failures at a time, and disks that
-change bytes under way, are only in the tests of the results log (`tests/unit/test_results.py`), which cut it at
-every byte and flip every byte. PostgreSQL is not part of the trials, nor are several machines.
+**What isn't covered.** A killed process is not a power loss: what the system had taken was still
+written. That fsync is called where it must be is tested, that the disk obeys it isn't. Two failures
+at a time, and disks that change bytes under way, are only in the tests of the results log
+(`tests/unit/test_results.py`), which cut it at every byte and flip every byte. PostgreSQL is not
+part of the trials, nor are several machines.
 """
 
 

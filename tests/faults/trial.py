@@ -32,6 +32,8 @@ from support.waiting import wait_for
 
 #: Crash points of the API server; all others are the worker's.
 OF_THE_SERVER = ("upload-moved", "upload-added", "check-moved", "check-told", "closing-published")
+#: Those that most batches come to several times.
+COME_TO_OFTEN = ("results-written", "results-committed", "progress-told", "file-moved")
 CALLS = ("write", "fsync", "rename", "link", "open", "commit")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 SETTINGS: dict[str, Any] = {
@@ -133,7 +135,7 @@ class Trial:
 
     def _crash_point(self) -> None:
         name = self.what or self.chance.choice(CRASH_POINTS)
-        count = self.chance.choice([1, 1, 2, 3, 5])
+        count = self.chance.choice([1, 2, 3]) if name in COME_TO_OFTEN else 1
         self.report.what = f"{name}:{count}"
         crash = {"VLLM_BATCH_CRASH_AT": self.report.what}
         if name in OF_THE_SERVER:
