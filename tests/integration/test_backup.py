@@ -38,13 +38,7 @@ def test_a_running_batch_goes_on_from_its_back_up(site: Site, tmp_path: Path) ->
     site.wait_until_done(done_id)
     before = site.wait_for_progress(batch_id, 300)
     target = tmp_path / "back-up"
-    command = [sys.executable, "-m", "batch_app.cli", "backup", str(target)]
-    command += ["--data-dir", str(site.settings.data_dir)]
-    made = subprocess.run(
-        command, cwd=REPO, check=False, capture_output=True, text=True, timeout=60
-    )
-    assert made.returncode == 0, made.stderr
-    assert "✅" in made.stdout
+    back_up_site(site, target)
     site.close()
 
     elsewhere = tmp_path / "second"
@@ -65,6 +59,25 @@ def test_a_running_batch_goes_on_from_its_back_up(site: Site, tmp_path: Path) ->
         )
     finally:
         other.close()
+
+
+def test_the_command_line(site: Site, tmp_path: Path) -> None:
+    site.submit((echo_line(n) for n in range(5)), "sim")
+    for name, place, folder in (
+        ("backup", tmp_path / "back-up", site.settings.data_dir),
+        ("restore", tmp_path / "back-up", tmp_path / "second"),
+        ("restore", tmp_path / "back-up", tmp_path / "second"),
+    ):
+        command = [sys.executable, "-m", "batch_app.cli", name, str(place)]
+        command += ["--data-dir", str(folder)]
+        said = subprocess.run(
+            command, cwd=REPO, check=False, capture_output=True, text=True, timeout=60
+        )
+        if "✅" not in said.stdout:
+            break
+    assert (name, said.returncode) == ("restore", 1)
+    assert "exists" in said.stderr
+    assert (tmp_path / "second" / "batches" / "active").is_dir()
 
 
 @pytest.fixture

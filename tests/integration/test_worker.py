@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,20 @@ def test_a_worker_that_slept_past_its_lease_changes_nothing(site: Site) -> None:
     wait_for(lambda: "lost this batch" in site.log(batch_id), what="the sleeper notices")
     assert sleeper.poll() is None
     assert other.poll() is None
+
+
+def test_two_workers_share_the_queue_and_never_a_batch(site: Site) -> None:
+    ids = [site.submit((echo_line(n) for n in range(300)), "slow") for _ in range(4)]
+    for _ in range(2):
+        site.start_worker()
+    for batch_id in ids:
+        batch = site.wait_until_done(batch_id)
+        assert batch.status is BatchStatus.COMPLETED
+        assert batch.epoch == 1
+        assert_answers_echo(site.results(batch_id), 300)
+    claims = [re.findall(r"Claimed by worker (\w+)", site.log(batch_id)) for batch_id in ids]
+    assert [len(workers) for workers in claims] == [1] * 4
+    assert len({worker for workers in claims for worker in workers}) == 2
 
 
 def test_a_lost_index_is_made_anew(site: Site) -> None:
