@@ -32,6 +32,10 @@ from support.waiting import wait_for
 
 #: Crash points of the API server; all others are the worker's.
 OF_THE_SERVER = ("upload-moved", "upload-added", "check-moved", "check-told", "closing-published")
+#: A process that hasn't come to its crash point by then won't, even on a busy machine.
+CRASHES_WITHIN_S = 30.0
+#: Those that take a batch that is still running after its first results.
+IN_THE_MIDDLE = ("suspects-written", "given-back")
 #: Those that most batches come to several times.
 COME_TO_OFTEN = ("results-written", "results-committed", "progress-told", "file-moved")
 CALLS = ("write", "fsync", "rename", "link", "open", "commit")
@@ -95,6 +99,8 @@ class Trial:
     def _model(self) -> str:
         step_s = self.chance.choice([0.001, 0.003, 0.01])
         seqs = self.chance.choice([4, 16, 64])
+        if self.what in IN_THE_MIDDLE:
+            step_s, seqs = 0.05, 4
         return (
             '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
             f"max_num_seqs = {seqs}\nmax_model_len = {MAX_WORDS}\ndecode_step_s = {step_s}\n"
@@ -145,11 +151,11 @@ class Trial:
         self._remember(batch_id)
         worker = self.site.start_worker(**crash)
         if name == "suspects-written":
-            wait_for(lambda: self._done(batch_id) or worker.poll() is not None)
+            wait_for(lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=60)
             if worker.poll() is None:
                 self._kill_engine(worker.pid)
         if name == "given-back":
-            wait_for(lambda: self._done(batch_id) or worker.poll() is not None)
+            wait_for(lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=60)
             worker.terminate()
         self._wait_for_crash(worker, name, batch_id)
 
@@ -198,15 +204,15 @@ class Trial:
 
     def _wait_for_crash(self, process: Any, name: str, batch_id: str | None) -> None:
         """Until it died at the crash point, or there is nothing left to come to it with."""
-        deadline = time.monotonic() + 6.0
+        deadline = time.monotonic() + CRASHES_WITHIN_S
 
         def is_over() -> bool:
             ended = batch_id is not None and self.site.batch(batch_id).is_terminal
             return process.poll() is not None or ended or time.monotonic() > deadline
 
-        wait_for(is_over)
+        wait_for(is_over, timeout_s=2 * CRASHES_WITHIN_S)
         try:
-            process.wait(0.3)
+            process.wait(3.0)
         except Exception:
             kill_tree(process.pid)
             process.wait(10)
@@ -228,7 +234,7 @@ class Trial:
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
-        for number in range(self.chance.randint(1, 300)):
+        for number in range(self.chance.randint(30 if self.what in IN_THE_MIDDLE else 1, 300)):
             line = echo_line(number)
             if self.chance.random() < 0.1:
                 line["body"]["messages"][0]["content"] += " word" * MAX_WORDS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,6 +242,22 @@ def test_two_workers_share_the_queue_and_never_a_batch(site: Site) -> None:
     claims = [re.findall(r"Claimed by worker (\w+)", site.log(batch_id)) for batch_id in ids]
     assert [len(workers) for workers in claims] == [1] * 4
     assert len({worker for workers in claims for worker in workers}) == 2
+
+
+def test_the_service_manager_hears_of_a_worker(site: Site, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        worker = site.start_worker(
+            NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="120000000"
+        )
+        heard = [manager.recv(100) for _ in range(4)]
+        assert heard.count(b"READY=1") == 1
+        assert heard.count(b"WATCHDOG=1") == 3
+        worker.terminate()
+        while (message := manager.recv(100)) != b"STOPPING=1":
+            assert message == b"WATCHDOG=1"
+        assert worker.wait(timeout=20) == 0
 
 
 def test_a_lost_index_is_made_anew(site: Site) -> None:

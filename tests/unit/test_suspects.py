@@ -137,3 +137,15 @@ def test_a_file_that_makes_no_sense_is_as_none(tmp_path: Path, content: bytes) -
     path = tmp_path / "suspects.json"
     path.write_bytes(content)
     assert len(Suspects.load(path)) == 0
+
+
+def test_both_halves_stay_suspects_each_among_themselves() -> None:
+    suspects = Suspects()
+    everyone = set(range(8))
+    suspects.died(range(8), beside=True)
+    suspects.died(range(6), beside=False)  # 6 and 7 weren't in flight yet
+    assert suspects.numbers == list(range(8))
+    for group in ([0, 1, 2], [3, 4, 5], [6, 7]):
+        assert suspects.next_group(everyone) == group
+        suspects.forget(set(group).__contains__)
+    assert suspects.next_group(everyone) == []
