@@ -101,6 +101,8 @@ class Trial:
         seqs = self.chance.choice([4, 16, 64])
         if self.what in IN_THE_MIDDLE:
             step_s, seqs = 0.05, 4
+        if self.kind == "kill":  # so that there is something to interrupt
+            step_s, seqs = self.chance.choice([0.02, 0.05]), self.chance.choice([4, 16])
         return (
             '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
             f"max_num_seqs = {seqs}\nmax_model_len = {MAX_WORDS}\ndecode_step_s = {step_s}\n"
@@ -119,7 +121,11 @@ class Trial:
             if self.site.batch(batch_id).is_terminal:
                 break
             victim = self.chance.choice(["worker", "engine", "server", "everything"])
-            time.sleep(self.chance.uniform(0.0, 1.0))
+            if self.chance.random() < 0.7:
+                before = self.site.batch(batch_id).progress.done
+                with suppress(AssertionError):
+                    wait_for(lambda before=before: self._has_moved(batch_id, before), timeout_s=20)
+            time.sleep(self.chance.uniform(0.0, 0.7))
             self.report.hit.append(f"killed: {victim}")
             if victim == "engine":
                 try:
@@ -222,6 +228,10 @@ class Trial:
 
     def _done(self, batch_id: str) -> bool:
         return self.site.batch(batch_id).progress.done > 0
+
+    def _has_moved(self, batch_id: str, before: int) -> bool:
+        batch = self.site.batch(batch_id)
+        return batch.progress.done > before or batch.is_terminal
 
     def _wait_a_while(self, batch_id: str, worker: Any = None) -> None:
         deadline = time.monotonic() + self.chance.uniform(1.0, 3.0)
