@@ -92,7 +92,8 @@ def reliability_page() -> str:
         + "".join(f"| killed: {who} | {count} |\n" for who, count in report["killed"].items())
         + "".join(f"| {call} | {n} |\n" for call, n in report["failed_calls"].items())
         + f"\nOf {report['computed']:,} answers that the engine computed, {again:,} were computed "
-        f"again after a death, at most {report['most_computed_again']:,} in one trial. Requests that a death cut "
+        f"again after a death, "
+        f"at most {report['most_computed_again']:,} in one trial. Requests that a death cut "
         "off in the middle had no answer yet and aren't counted here.\n\n"
         + "| crash point | deaths there |\n|---|---|\n"
         + rows
