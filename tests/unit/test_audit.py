@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import json
+import logging
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
