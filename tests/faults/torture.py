@@ -2,7 +2,8 @@
 
     python -m faults.torture --trials 300 --seed 1 --report docs/reliability.json
 
-Each crash point has its turn first, then chance has. A trial that fails says how to repeat it.
+Each crash point has its turn first, then chance has. A trial that fails says how to repeat it. When
+it is interrupted, the report is of the trials so far.
 """
 
 from __future__ import annotations
@@ -72,6 +73,19 @@ def _with_prefix(hits: Counter[str], prefix: str) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
+def _tell(report: Report, number: int, num_trials: int) -> None:
+    state = "FAILED" if report.failure else "ok"
+    again = report.computed - report.needed if report.computed else 0
+    print(
+        f"{number:4} of {num_trials}  {state:6} seed {report.seed}  {report.kind}: "
+        f"{report.what or ', '.join(report.hit)}  {report.requests} requests, "
+        f"{max(again, 0)} computed again, {report.seconds:.1f} s",
+        flush=True,
+    )
+    if report.failure:
+        print(f"     repeat with --only {report.seed}: {report.failure}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=300)
@@ -85,19 +99,15 @@ def main() -> int:
         trials = [trial for trial in plan(100_000, wish.only // 100_000) if trial[0] == wish.only]
     began = time.monotonic()
     reports = []
-    with ThreadPoolExecutor(wish.jobs) as pool:
+    pool = ThreadPoolExecutor(wish.jobs)
+    try:
         for report in pool.map(lambda trial: run_trial(*trial), trials):
             reports.append(report)
-            state = "FAILED" if report.failure else "ok"
-            again = report.computed - report.needed if report.computed else 0
-            print(
-                f"{len(reports):4} of {len(trials)}  {state:6} seed {report.seed}  {report.kind}: "
-                f"{report.what or ', '.join(report.hit)}  {report.requests} requests, "
-                f"{max(again, 0)} computed again, {report.seconds:.1f} s",
-                flush=True,
-            )
-            if report.failure:
-                print(f"     repeat with --only {report.seed}: {report.failure}", flush=True)
+            _tell(report, len(reports), len(trials))
+    except KeyboardInterrupt:
+        print("Interrupted: the trials under way still finish, the others are left out.")
+    finally:
+        pool.shutdown(cancel_futures=True)
     result = summed_up(reports, wish.seed, time.monotonic() - began)
     if wish.report:
         wish.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
