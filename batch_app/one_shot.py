@@ -45,7 +45,6 @@ from batch_app.worker import EXIT_AT_ONCE, Worker
 
 LOOK_EVERY_S = 0.25
 EXIT_STOPPED = 130
-MAX_ERRORS_SHOWN = 10
 
 
 def work_folder(output: Path) -> Path:
@@ -292,7 +291,7 @@ def main(
     0: every request has a line in the output, those that failed among them. 1: the run failed.
     130: it was stopped.
 
-    Raises BatchAppError as `OneShot.run`, but for BadLines, which it tells.
+    Raises BatchAppError as `OneShot.run`.
     """
     stop = threading.Event()
 
@@ -310,14 +309,6 @@ def main(
     )
     try:
         batch = one_shot.run()
-    except BadLines as refusal:
-        _tell(refusal.message)
-        for error in refusal.errors[:MAX_ERRORS_SHOWN]:
-            where = f"line {error.line}: " if error.line else ""
-            _tell(f"  {where}{error.message}")
-        if refusal.num_errors > MAX_ERRORS_SHOWN:
-            _tell(f"  … and {refusal.num_errors - MAX_ERRORS_SHOWN:,} more.")
-        return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

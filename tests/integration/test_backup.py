@@ -73,7 +73,7 @@ def test_the_command_line(site: Site, tmp_path: Path) -> None:
         said = subprocess.run(
             command, cwd=REPO, check=False, capture_output=True, text=True, timeout=60
         )
-        if "✅" not in said.stdout:
+        if "✅" not in said.stderr:
             break
     assert (name, said.returncode) == ("restore", 1)
     assert "exists" in said.stderr

@@ -161,7 +161,7 @@ def test_bad_lines_are_named_and_leave_nothing(place: Place) -> None:
     with place.input.open("ab") as file:
         file.write(b'{"custom_id": "r9"}\n')
     code, said = place.run()
-    assert code == 1
+    assert code == 3
     assert "line 4" in said
     assert not work_folder(place.output).exists()
     assert not place.output.exists()

@@ -7,41 +7,31 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 import typer
 
-from batch_app.access import KeyChanges
-from batch_app.audit import AuditLog, Deed
-from batch_app.config import load_settings
+from batch_app.cli.options import DatabaseUrl, DataFolder, Json
+from batch_app.cli.terminal import say, show, show_json
 from batch_app.core import utc_now
 from batch_app.errors import BadRequest, BatchAppError, NotFound
-from batch_app.files import DataDir
 from batch_app.keys import ApiKey, Scope, is_key_id, new_key
-from batch_app.store import Store
+
+if TYPE_CHECKING:
+    from batch_app.access import KeyChanges
+    from batch_app.audit import AuditLog
+    from batch_app.store import Store
 
 app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
 MAX_NAME_CHARS = 100
 _LIFE = re.compile(r"([1-9][0-9]{0,5})([mhd])")
 _UNITS = {"m": "minutes", "h": "hours", "d": "days"}
-
-DataFolder = Annotated[
-    Path | None,
-    typer.Option(help="Folder of uploads, results, logs and database.", show_default="./data"),
-]
-DatabaseUrl = Annotated[
-    str | None,
-    typer.Option(help="SQLAlchemy URL of the database.", show_default="SQLite in the data folder"),
-]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 
 
 @dataclass(frozen=True)
@@ -53,6 +43,8 @@ class _Keys:
     audit: AuditLog
 
     def changed(self, action: str, key: ApiKey) -> None:
+        from batch_app.audit import Deed
+
         self.changes.note()
         who = f"command line (uid {os.getuid()})"
         self.audit.write(Deed(action, key.id, 200, client=who))
@@ -60,7 +52,13 @@ class _Keys:
 
 @contextmanager
 def _opened(data_dir: Path | None, database_url: str | None) -> Iterator[_Keys]:
-    """Ends the program with a message where the store can't be had."""
+    """Raises BatchAppError where the store can't be had."""
+    from batch_app.access import KeyChanges
+    from batch_app.audit import AuditLog
+    from batch_app.config import load_settings
+    from batch_app.files import DataDir
+    from batch_app.store import Store
+
     try:
         settings = load_settings(data_dir=data_dir, database_url=database_url)
         data = DataDir(settings.data_dir)
@@ -72,12 +70,8 @@ def _opened(data_dir: Path | None, database_url: str | None) -> Iterator[_Keys]:
             yield _Keys(store, KeyChanges(data.key_changes_file), audit)
         finally:
             store.close()
-    except BatchAppError as error:
-        _say(f"❌ {error.message}")
-        raise typer.Exit(1) from None
     except OSError as error:
-        _say(f"❌ The data folder can't be used: {error}")
-        raise typer.Exit(1) from None
+        raise BatchAppError(f"The data folder can't be used: {error}") from None
 
 
 @app.command()
@@ -119,16 +113,19 @@ def create(
             raise BadRequest(f"{error} Add --scope read or --scope write.") from None
         keys.store.add_key(key)
         keys.changed("create_key", key)
-    _say(
+    say(
         f"Key {key.id} for {key.name!r} ({', '.join(sorted(key.scopes))}). Keep it: it is shown "
         "this once."
     )
     if first:
-        _say(
+        say(
             "It is the first one. From now on the server asks everybody for a key; what was made "
             "before belongs to nobody and is seen by keys with the scope admin."
         )
-    print(_json({**_facts(key), "key": token}) if as_json else token)
+    if as_json:
+        show_json({**_facts(key), "key": token})
+    else:
+        show(token)
 
 
 @app.command("list")
@@ -139,18 +136,16 @@ def list_keys(
     with _opened(data_dir, database_url) as keys:
         found = [_facts(key) for key in keys.store.list_keys()]
     if as_json:
-        print(_json(found))
+        show_json(found)
         return
     if not found:
-        _say("There are no keys. Make one: vllm-batch keys create NAME")
+        say("There are no keys. Make one: vllm-batch keys create NAME")
         return
     columns = ("id", "state", "scopes", "expires_at", "last_used_at", "owner", "name")
     rows = [columns, *(tuple(_cell(facts[column]) for column in columns) for facts in found)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(columns))]
     for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+        show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 @app.command()
@@ -164,9 +159,9 @@ def revoke(
     with _opened(data_dir, database_url) as keys:
         key = keys.store.revoke_key(_checked_id(key_id), utc_now())
         keys.changed("revoke_key", key)
-    _say(f"Key {key.id} ({key.name!r}) is revoked.")
+    say(f"Key {key.id} ({key.name!r}) is revoked.")
     if as_json:
-        print(_json(_facts(key)))
+        show_json(_facts(key))
 
 
 def _facts(key: ApiKey) -> dict[str, Any]:
@@ -193,10 +188,6 @@ def _cell(value: object) -> str:
     return "-" if value is None else str(value)
 
 
-def _json(value: object) -> str:
-    return orjson.dumps(value, option=orjson.OPT_INDENT_2).decode()
-
-
 def _checked_id(text: str) -> str:
     if not is_key_id(text):
         raise NotFound(f"{text[:64]!r} is no key's id: vllm-batch keys list shows them.")
@@ -220,7 +211,3 @@ def _end(now: datetime, life: str | None) -> datetime | None:
         return now + timedelta(**{_UNITS[match[2]]: int(match[1])})
     except OverflowError:
         raise BadRequest(f"{life} is too long. Without --expires a key has no end.") from None
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)

@@ -1,0 +1,63 @@
+"""`vllm-batch backup` and `restore`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batch_app.cli.options import DatabaseUrl, DataFolder, Json
+from batch_app.cli.servers import SECTION
+from batch_app.cli.terminal import say, show_json
+from batch_app.errors import BatchAppError
+
+app = typer.Typer()
+
+
+@app.command(rich_help_panel=SECTION)
+def backup(
+    target: Annotated[Path, typer.Argument(help="Folder to make; it must not exist yet.")],
+    data_dir: DataFolder = None,
+    database_url: DatabaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Copy database and files to a folder, also while server and worker run."""
+    from batch_app.backup import back_up
+    from batch_app.config import load_settings
+    from batch_app.files import DataDir
+
+    settings = load_settings(data_dir=data_dir, database_url=database_url)
+    try:
+        made = back_up(DataDir(settings.data_dir), settings.resolved_database_url, target)
+    except OSError as error:
+        raise BatchAppError(str(error)) from None
+    _tell(made.num_files, made.num_bytes, target, as_json)
+
+
+@app.command(rich_help_panel=SECTION)
+def restore(
+    source: Annotated[Path, typer.Argument(help="Folder that `backup` made.")],
+    data_dir: DataFolder = None,
+    database_url: DatabaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Check a back-up and put it into an empty data folder. Unfinished batches go on from it."""
+    from batch_app import backup as backups
+    from batch_app.config import load_settings
+    from batch_app.files import DataDir
+
+    settings = load_settings(data_dir=data_dir, database_url=database_url)
+    try:
+        data = DataDir(settings.data_dir)
+        restored = backups.restore(source, data, settings.resolved_database_url)
+    except OSError as error:
+        raise BatchAppError(str(error)) from None
+    _tell(restored.num_files, restored.num_bytes, settings.data_dir, as_json)
+
+
+def _tell(num_files: int, num_bytes: int, place: Path, as_json: bool) -> None:
+    if as_json:
+        show_json({"folder": str(place), "num_files": num_files, "num_bytes": num_bytes})
+    else:
+        say(f"✅ {num_files:,} files, {num_bytes:,} bytes in {place}")

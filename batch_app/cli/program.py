@@ -1,0 +1,95 @@
+"""`vllm-batch`: all commands in one program, with one way to end."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from batch_app import __version__
+from batch_app.cli import backups, keys, run, servers
+from batch_app.cli.exit_codes import ExitCode, code_of
+from batch_app.cli.terminal import say
+from batch_app.errors import BadLines, BatchAppError
+
+MAX_LINES_SHOWN = 10
+
+
+class Program(TyperGroup):
+    """Shows the commands in sections, and tells an error in a line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        shown = {name: cmd for name, cmd in self.commands.items() if not cmd.hidden}
+        width = formatter.width - 6 - max(len(name) for name in shown)
+        for name, command in shown.items():
+            section = getattr(command, "rich_help_panel", None)
+            section = section if isinstance(section, str) else "Commands"
+            sections.setdefault(section, []).append((name, command.get_short_help_str(width)))
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BatchAppError as error:
+            say_error(error)
+            raise typer.Exit(code_of(error)) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def say_error(error: BatchAppError) -> None:
+    """Tell what went wrong, with the first of the bad lines where it was some."""
+    say(f"❌ {error.message}")
+    if not isinstance(error, BadLines):
+        return
+    for bad in error.errors[:MAX_LINES_SHOWN]:
+        where = f"line {bad.line}: " if bad.line else ""
+        say(f"   {where}{bad.message}")
+    if error.num_errors > MAX_LINES_SHOWN:
+        say(f"   … and {error.num_errors - MAX_LINES_SHOWN:,} more.")
+
+
+app = typer.Typer(
+    name="vllm-batch",
+    cls=Program,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # they show local variables: prompts, keys
+    rich_markup_mode=None,
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"vllm-batch {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and end."
+        ),
+    ] = False,
+) -> None:
+    """Large batches of LLM requests on your own GPU."""
+
+
+# In the order in which `--help` shows them. A module's commands become commands of the program;
+# those of one that is added under a name, of that name.
+app.add_typer(run.app)
+app.add_typer(servers.app)
+app.add_typer(keys.app, name="keys", rich_help_panel=servers.SECTION)
+app.add_typer(backups.app)
+
+
+def main() -> None:
+    app(prog_name="vllm-batch")
