@@ -6,12 +6,13 @@ notices it at its next look. A file that can't be read is a warning, never a cra
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from batch_app.files import atomic_writer
+from batch_app.forecast.measurement import Limits, MeasuredGroup, Measurement, Setting, StepBin
+from batch_app.forecast.recording import Recording
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,44 @@ class BenchmarkConfig(_Part):
     gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool | None = None
     enable_chunked_prefill: bool | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    kv_cache_tokens: int | None = None
+
+
+class BenchmarkGroup(_Part):
+    """The answers to requests of one endpoint with about the same limit.
+
+    Quantiles stand at the shares of `forecast.workload.LEVELS`. `num_cut` ended at the limit.
+    """
+
+    endpoint: str
+    max_tokens: float | None = None
+    num_requests: int = Field(ge=0)
+    mean_completion_tokens: float = Field(ge=0, allow_inf_nan=False)
+    completion_token_quantiles: tuple[float, ...] = ()
+    mean_prompt_tokens: float | None = None
+    num_cut: int = Field(default=0, ge=0)
+
+
+class BenchmarkSteps(_Part):
+    """Sums over the engine's steps with about the same number of requests in hand."""
+
+    num_steps: float = Field(gt=0, allow_inf_nan=False)
+    seconds: float = Field(gt=0, allow_inf_nan=False)
+    decode_tokens: float = Field(ge=0, allow_inf_nan=False)
+    prefill_tokens: float = Field(ge=0, allow_inf_nan=False)
+    context_tokens: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+
+class BenchmarkPrediction(_Part):
+    """What was predicted for this run when it was submitted; seconds, loading included."""
+
+    predicted_s: float = Field(ge=0, allow_inf_nan=False)
+    low_s: float = Field(ge=0, allow_inf_nan=False)
+    high_s: float = Field(ge=0, allow_inf_nan=False)
+    basis: tuple[str, ...] = ()
+    basis_kind: str = "measured"
 
 
 class BenchmarkResults(_Part):
@@ -64,14 +105,26 @@ class BenchmarkResults(_Part):
     p95_completion_tokens: int | None = None
     throughput_tokens_per_s: float = Field(ge=0, allow_inf_nan=False)
     throughput_requests_per_s: float = Field(ge=0, allow_inf_nan=False)
+    #: Of the prompt tokens, those that the prefix cache held.
+    cached_prompt_tokens: int | None = None
+    #: At the shares of `forecast.workload.LEVELS`.
+    prompt_token_quantiles: tuple[float, ...] = ()
+    completion_token_quantiles: tuple[float, ...] = ()
+    groups: tuple[BenchmarkGroup, ...] = ()
+    steps: tuple[BenchmarkSteps, ...] = ()
 
 
 class BenchmarkHardware(_Part):
-    """`gpu` or `cpu` is the product's name, `device` says which of the two did the work."""
+    """`gpu` or `cpu` is the product's name, `device` says which of the two did the work.
+
+    `machine` tells machines with the same device apart; `driver` is the GPU's.
+    """
 
     gpu: str | None = None
     cpu: str | None = None
     device: str | None = None
+    machine: str | None = None
+    driver: str | None = None
 
 
 class BenchmarkRecord(_Part):
@@ -86,11 +139,87 @@ class BenchmarkRecord(_Part):
     config: BenchmarkConfig = BenchmarkConfig()
     results: BenchmarkResults
     hardware: BenchmarkHardware = BenchmarkHardware()
+    #: As `arguments_text` writes them.
+    engine_args: str | None = None
+    model_revision: str | None = None
+    #: "batch", or "bench" where it was run to measure.
+    purpose: str | None = None
+    #: Why this run says little of the ones to come: "failed", "outlier: …". None: it counts.
+    set_aside: str | None = None
+    prediction: BenchmarkPrediction | None = None
 
     @property
     def is_representative(self) -> bool:
         """Whether a longer run may be expected to go at this pace."""
-        return self.results.success_count >= FEWEST_REQUESTS
+        return self.set_aside is None and self.results.success_count >= FEWEST_REQUESTS
+
+    @property
+    def setting(self) -> Setting:
+        """What it holds for; empty strings where an older record doesn't say."""
+        hardware = self.hardware
+        device = hardware.cpu if hardware.device == "cpu" else hardware.gpu or hardware.cpu
+        return Setting(
+            model=self.model,
+            machine=machine_text(device, hardware.machine),
+            engine=self.engine or self.platform.removesuffix("-native"),
+            engine_version=self.engine_version or "",
+            arguments=self.engine_args or "",
+        )
+
+    def measurement(self) -> Measurement:
+        """The same run in the form that a forecast is fitted on."""
+        results, config = self.results, self.config
+        return Measurement(
+            id=self.test_id,
+            setting=self.setting,
+            num_requests=results.num_requests,
+            prompt_tokens=results.prompt_tokens,
+            output_tokens=results.completion_tokens,
+            inference_s=results.inference_time_s,
+            load_s=results.model_load_time_s,
+            cached_tokens=results.cached_prompt_tokens or 0,
+            prompt_quantiles=results.prompt_token_quantiles,
+            output_quantiles=results.completion_token_quantiles,
+            groups=tuple(
+                MeasuredGroup(
+                    endpoint=group.endpoint,
+                    max_tokens=group.max_tokens,
+                    num_requests=group.num_requests,
+                    mean_output_tokens=group.mean_completion_tokens,
+                    output_quantiles=group.completion_token_quantiles,
+                    mean_prompt_tokens=group.mean_prompt_tokens,
+                    num_cut=group.num_cut,
+                )
+                for group in results.groups
+            ),
+            steps=tuple(
+                StepBin(
+                    num_steps=one.num_steps,
+                    seconds=one.seconds,
+                    decode_tokens=one.decode_tokens,
+                    prefill_tokens=one.prefill_tokens,
+                    context_tokens=one.context_tokens,
+                )
+                for one in results.steps
+            ),
+            limits=Limits(
+                max_num_seqs=config.max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                kv_cache_tokens=config.kv_cache_tokens,
+                max_model_len=config.max_model_len,
+            ),
+            is_outlier=self.set_aside is not None,
+        )
+
+
+def machine_text(device: str | None, machine: str | None = None) -> str:
+    """What `Setting.machine` holds: the device's name, and what tells its machine apart."""
+    return " @ ".join(part for part in (device, machine) if part)
+
+
+def arguments_text(engine_args: Mapping[str, Any]) -> str:
+    """Engine arguments as `Setting.arguments` holds them: JSON with sorted keys."""
+    return json.dumps(dict(engine_args), sort_keys=True, separators=(",", ":"), default=str)
 
 
 def record_from_run(
@@ -110,8 +239,20 @@ def record_from_run(
     p95_completion_tokens: int | None = None,
     engine_args: dict[str, Any],
     timestamp: datetime,
+    recording: Recording | None = None,
+    cached_prompt_tokens: int | None = None,
+    registry_args: Mapping[str, Any] | None = None,
+    machine: str | None = None,
+    driver: str | None = None,
+    model_revision: str | None = None,
+    purpose: str | None = None,
+    set_aside: str | None = None,
+    prediction: BenchmarkPrediction | None = None,
 ) -> BenchmarkRecord:
     """The record of a run, from plain numbers. `device` is "gpu" or "cpu".
+
+    `engine_args`: what the engine says it runs with, by the names of `BenchmarkConfig`;
+    `registry_args`: what it was told, which tells runs apart. `recording`: of the same requests.
 
     Counts and tokens are of the requests that this run computed: one that was resumed, or that
     took answers from elsewhere, must leave those out of both counts and time.
@@ -149,9 +290,55 @@ def record_from_run(
             p95_completion_tokens=p95_completion_tokens,
             throughput_tokens_per_s=round(total_tokens * pace, 2),
             throughput_requests_per_s=round(num_requests * pace, 4),
+            cached_prompt_tokens=cached_prompt_tokens,
+            **(_recorded(recording) if recording is not None else {}),
         ),
-        hardware=BenchmarkHardware(device=device, **{device: device_name}),
+        hardware=BenchmarkHardware(
+            device=device, machine=machine, driver=driver, **{device: device_name}
+        ),
+        engine_args=None if registry_args is None else arguments_text(registry_args),
+        model_revision=model_revision,
+        purpose=purpose,
+        set_aside=set_aside,
+        prediction=prediction,
     )
+
+
+def _recorded(recording: Recording) -> dict[str, Any]:
+    """The fields of `BenchmarkResults` that a recording fills."""
+    return {
+        "prompt_token_quantiles": _rounded(recording.prompt_quantiles),
+        "completion_token_quantiles": _rounded(recording.output_quantiles),
+        "groups": tuple(
+            BenchmarkGroup(
+                endpoint=group.endpoint,
+                max_tokens=group.max_tokens,
+                num_requests=group.num_requests,
+                mean_completion_tokens=round(group.mean_output_tokens, 3),
+                completion_token_quantiles=_rounded(group.output_quantiles),
+                mean_prompt_tokens=(
+                    None if group.mean_prompt_tokens is None else round(group.mean_prompt_tokens, 3)
+                ),
+                num_cut=group.num_cut,
+            )
+            for group in recording.groups
+        ),
+        "steps": tuple(
+            BenchmarkSteps(
+                num_steps=round(one.num_steps, 3),
+                seconds=round(one.seconds, 6),
+                decode_tokens=round(one.decode_tokens, 1),
+                prefill_tokens=round(one.prefill_tokens, 1),
+                context_tokens=None if one.context_tokens is None else round(one.context_tokens),
+            )
+            for one in recording.steps
+            if one.num_steps >= 0.001 and one.seconds >= 1e-6
+        ),
+    }
+
+
+def _rounded(quantiles: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(value, 2) for value in quantiles)
 
 
 class BenchmarkFolder:

@@ -1,11 +1,15 @@
-"""Estimates: how long a batch will take, going by a benchmark. Pure."""
+"""Estimates: how long a batch will take, going by the benchmarks."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from batch_app.benchmarks import BenchmarkRecord
+from batch_app.benchmarks import BenchmarkFolder, BenchmarkRecord
+from batch_app.forecast.forecast import Forecaster
+from batch_app.forecast.measurement import Limits, Setting
+from batch_app.forecast.roofline import Device, ModelSize
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +63,41 @@ def estimate(
         throughput_requests_per_s=record.results.throughput_requests_per_s,
         based_on_benchmark=record.test_id,
     )
+
+
+class Forecasters:
+    """The forecasters of a folder of benchmarks, each fitted once per state of the folder.
+
+    Safe to use from several threads.
+    """
+
+    #: Of so many different settings the fits are kept.
+    MOST_KEPT = 64
+
+    def __init__(self, benchmarks: BenchmarkFolder) -> None:
+        self._benchmarks = benchmarks
+        self._lock = threading.Lock()
+        self._kept: dict[tuple[object, ...], Forecaster] = {}
+
+    def of(
+        self,
+        setting: Setting,
+        *,
+        limits: Limits | None = None,
+        size: ModelSize | None = None,
+        device: Device | None = None,
+    ) -> Forecaster:
+        """The forecaster for this model, as the benchmarks stand now; see `Forecaster`."""
+        records = self._benchmarks.all(setting.model)
+        key = (setting, limits, size, device, tuple(record.test_id for record in records))
+        with self._lock:
+            known = self._kept.get(key)
+        if known is not None:
+            return known
+        measurements = [record.measurement() for record in records]
+        made = Forecaster(setting, measurements, limits=limits, size=size, device=device)
+        with self._lock:
+            while len(self._kept) >= self.MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = made
+        return made
