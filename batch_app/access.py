@@ -17,9 +17,19 @@ from pathlib import Path
 
 from batch_app.config import Settings
 from batch_app.core import utc_now
-from batch_app.errors import NotFound, Unauthenticated
+from batch_app.errors import Forbidden, NotFound, Unauthenticated
 from batch_app.files import DataDir
-from batch_app.keys import ApiKey, Caller, digest, is_token_of, key_id_of
+from batch_app.keys import (
+    ApiKey,
+    Caller,
+    Scope,
+    Session,
+    digest,
+    is_session_token,
+    is_token_of,
+    key_id_of,
+    new_session,
+)
 from batch_app.store import Store
 
 BELIEVED_S = 1.0
@@ -51,12 +61,19 @@ class KeyChanges:
 @dataclass(frozen=True, slots=True)
 class _Remembered:
     key: ApiKey
+    session: Session | None
     changes: int
     until: float
 
+    def refusal(self, now: datetime) -> str | None:
+        return _refusal(self.key, self.session, now)
+
 
 class Access:
-    """One per server. Methods whose name ends in `_here` never ask the store, the others block."""
+    """One per server. Methods whose name ends in `_here` never ask the store, the others block.
+
+    A token is an API key, or what a browser holds in its place after a sign-in (`keys.Session`).
+    """
 
     def __init__(
         self,
@@ -109,7 +126,7 @@ class Access:
         found = self._known.get(digest(token))
         if found is None or time.monotonic() >= found.until:
             return None
-        if found.changes != self._changes.count() or found.key.refusal(self._clock()):
+        if found.changes != self._changes.count() or found.refusal(self._clock()):
             return None
         return found.key.caller
 
@@ -119,15 +136,16 @@ class Access:
         if found is not None:
             return found
         changes = self._changes.count()
-        key = self._key(token)
+        key, session = self._key_and_session(token)
         now = self._clock()
-        refusal = key.refusal(now)
+        refusal = _refusal(key, session, now)
         with self._lock:
             if refusal is not None:
                 raise Unauthenticated(f"The API key {key.id} is {refusal}.", key_id=key.id)
             if len(self._known) >= MAX_REMEMBERED:
                 self._known.clear()
-            self._known[digest(token)] = _Remembered(key, changes, time.monotonic() + BELIEVED_S)
+            until = time.monotonic() + BELIEVED_S
+            self._known[digest(token)] = _Remembered(key, session, changes, until)
             self._uses[key.id] = now
         return key.caller
 
@@ -143,6 +161,46 @@ class Access:
             raise Unauthenticated("There is no such API key.")
         return key
 
+    def _key_and_session(self, token: str) -> tuple[ApiKey, Session | None]:
+        if not is_session_token(token):
+            return self._key(token), None
+        try:
+            session = self._store.get_session(digest(token))
+            return self._store.get_key(session.key_id), session
+        except NotFound:
+            raise Unauthenticated("You are not signed in any more.") from None
+
+    # -- sign-ins ------------------------------------------------------------------------------
+
+    def sign_in(self, token: str, life_s: float) -> str:
+        """Begin a session for the bearer of this API key. Returns what the browser is to keep.
+
+        Raises Unauthenticated, with a message that says why; Forbidden where the key sees nothing;
+        StoreUnavailable.
+        """
+        if is_session_token(token):
+            raise Unauthenticated("That is no API key of this server.")
+        caller = self.caller(token)
+        if Scope.READ not in caller.scopes:
+            raise Forbidden(
+                "This API key lacks the scope 'read', without which the pages show nothing.",
+                scope=Scope.READ.value,
+            )
+        now = self._clock()
+        session, session_token = new_session(self._key(token), now, life_s)
+        self._store.add_session(session, now)
+        return session_token
+
+    def sign_out(self, session_token: str) -> None:
+        """End a session at once, on all servers of this data folder. Raises StoreUnavailable."""
+        self._store.end_session(digest(session_token))
+        self._known.pop(digest(session_token), None)
+        self._changes.note()
+
+    def note_change(self) -> None:
+        """A key was made or revoked: believe nothing older. Raises OSError."""
+        self._changes.note()
+
     # -- what it leaves behind -----------------------------------------------------------------
 
     def note_uses(self) -> bool:
@@ -152,6 +210,12 @@ class Access:
         if uses:
             self._store.note_key_uses(uses)
         return False
+
+
+def _refusal(key: ApiKey, session: Session | None, now: datetime) -> str | None:
+    if session is not None and session.expires_at <= now:
+        return "signed out after a while"
+    return key.refusal(now)
 
 
 def has_keys(settings: Settings) -> bool:

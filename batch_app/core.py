@@ -146,6 +146,20 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """How far a batch was at a time: the series of them is its pace."""
+
+    at: datetime
+    completed: int
+    failed: int
+    total_tokens: int
+
+    @property
+    def done(self) -> int:
+        return self.completed + self.failed
+
+
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """A File: what the store knows of it. The bytes lie where `files.DataDir` says."""
 

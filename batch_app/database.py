@@ -189,6 +189,27 @@ api_keys = Table(
     Column("revoked_at", UtcDateTime),
 )
 
+# Sign-ins to the dashboard. As of a key, the store knows the SHA-256 of what the browser holds.
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("key_id", String(64), ForeignKey("api_keys.id"), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("expires_at", UtcDateTime, nullable=False),
+)
+
+# How far a batch was at some times; a bounded number of rows for each.
+batch_samples = Table(
+    "batch_samples",
+    metadata,
+    Column("batch_id", String(64), ForeignKey("batches.id"), primary_key=True),
+    Column("at", UtcDateTime, primary_key=True),
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("total_tokens", BigInteger, nullable=False),
+)
+
 workers = Table(
     "workers",
     metadata,

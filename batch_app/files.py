@@ -101,7 +101,7 @@ class DataDir:
 
     @property
     def key_changes_file(self) -> Path:
-        """Grows by a byte with every key that is made or revoked."""
+        """Grows by a byte with every key that is made or revoked, and every sign-out."""
         return self.root / "database" / "keys.changes"
 
     @property

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import orjson
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, Progress, TokenCounts
+from batch_app.core import Batch, BatchStatus, Progress, TokenCounts, utc_now
 from batch_app.engine.base import Outcome
 from batch_app.errors import LeaseLost, StoreUnavailable
 from batch_app.faults import crash_point
@@ -49,7 +50,9 @@ class Keeper:
         log: ResultsLog,
         batch_log: BatchLog,
         settings: Settings,
+        clock: Callable[[], datetime] = utc_now,
     ) -> None:
+        self._clock = clock
         self._store = store
         self._batch = batch
         self._log = log
@@ -207,6 +210,7 @@ class Keeper:
                 lease_s=self._settings.lease_s,
                 progress=progress,
                 goes_on=progress != self._told,
+                at=self._clock(),
             )
         except StoreUnavailable as error:
             # The results are safe; only the telling waits. Should the lease run out meanwhile and

@@ -15,11 +15,12 @@ import secrets
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 
 PREFIX = "vbk"
 _TOKEN = re.compile(rf"{PREFIX}_([0-9a-f]{{12}})_[0-9a-f]{{56}}")
+_SESSION_TOKEN = re.compile(r"vbs_[0-9a-f]{64}")
 _KEY_ID = re.compile(r"key_[0-9a-f]{12}")
 _CHECKSUM_DIGITS = 8
 
@@ -72,6 +73,15 @@ class Caller:
     scopes: frozenset[Scope] = frozenset(Scope)
 
 
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A sign-in to the dashboard. It opens what its key opens, as long as both are good."""
+
+    digest: str
+    key_id: str
+    expires_at: datetime
+
+
 #: The program itself, and whoever asks where there are no keys.
 EVERYBODY = Caller(owner=None, sees_all=True)
 
@@ -114,6 +124,26 @@ def is_key_id(text: str) -> bool:
 def is_token_of(token: str, key: ApiKey) -> bool:
     """Whether this text is that key. Takes the same time wherever they differ."""
     return hmac.compare_digest(digest(token), key.digest)
+
+
+def new_session(key: ApiKey, now: datetime, life_s: float) -> tuple[Session, str]:
+    """A sign-in with this key, and the random text that the browser keeps in place of the key."""
+    token = f"vbs_{secrets.token_hex(32)}"
+    expires_at = now + timedelta(seconds=life_s)
+    return Session(digest(token), key.id, expires_at), token
+
+
+def is_session_token(text: str) -> bool:
+    return _SESSION_TOKEN.fullmatch(text) is not None
+
+
+def form_token(session_token: str) -> str:
+    """What the pages of a session send along with a change: no other site can know it."""
+    return hmac.new(session_token.encode(), b"form", hashlib.sha256).hexdigest()
+
+
+def is_form_token(text: str, session_token: str) -> bool:
+    return hmac.compare_digest(text.encode(), form_token(session_token).encode())
 
 
 def checksum(text: str) -> str:

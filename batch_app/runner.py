@@ -140,6 +140,7 @@ class Runner:
                 log=log,
                 batch_log=batch_log,
                 settings=self._settings,
+                clock=self._clock,
             )
             with _running(keeper):
                 _Run(self, batch, index, log, batch_log, keeper).to_the_end()

@@ -13,11 +13,23 @@ from batch_app.store.files import FileStore, require_pending
 from batch_app.store.keys import KeyStore
 from batch_app.store.leases import LeaseStore
 from batch_app.store.remains import RemainsStore
+from batch_app.store.samples import SampleStore
+from batch_app.store.sessions import SessionStore
 from batch_app.store.totals import ModelLoads, Totals, TotalsStore
 from batch_app.store.workers import WorkerRow, WorkerStore
 
 __all__ = ["LEASED", "ModelLoads", "Store", "Totals", "WorkerRow", "require_pending"]
 
 
-class Store(FileStore, BatchStore, LeaseStore, WorkerStore, KeyStore, RemainsStore, TotalsStore):
+class Store(
+    FileStore,
+    BatchStore,
+    LeaseStore,
+    SampleStore,
+    WorkerStore,
+    KeyStore,
+    SessionStore,
+    RemainsStore,
+    TotalsStore,
+):
     """One per process; safe to use from several threads."""

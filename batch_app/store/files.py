@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -63,6 +63,15 @@ class FileStore(Transactions):
                 query = query.where(files.c.seq < seq if newest_first else files.c.seq > seq)
             rows = connection.execute(query).all()
         return [to_file(row) for row in rows[:limit]], len(rows) > limit
+
+    def file_names(
+        self, file_ids: Collection[str], *, seen_by: Caller = EVERYBODY
+    ) -> dict[str, str]:
+        """What files are called, by their ids, deleted ones too; others' are left out."""
+        query = select(files.c.id, files.c.filename).where(files.c.id.in_(file_ids))
+        with self._read() as connection:
+            rows = connection.execute(visible(query, files, seen_by)).all()
+        return {row.id: row.filename for row in rows}
 
     def delete_file(
         self, file_id: str, now: datetime, *, seen_by: Caller = EVERYBODY

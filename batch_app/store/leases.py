@@ -15,6 +15,7 @@ from batch_app.errors import LeaseLost
 from batch_app.store.batches import LEASED, change_state, get_batch
 from batch_app.store.lease_watch import Lease, LeaseWatch
 from batch_app.store.rows import progress_values, to_batch
+from batch_app.store.samples import note_sample
 from batch_app.store.transactions import Transactions
 
 #: The oldest that many are considered; a queue may be longer.
@@ -97,10 +98,12 @@ class LeaseStore(Transactions):
         lease_s: float,
         progress: Progress | None = None,
         goes_on: bool = False,
+        at: datetime | None = None,
     ) -> BatchStatus:
         """Keep the lease, and tell how far the batch is. Returns its status as it stands now.
 
-        `goes_on`: whatever it was paused for is over. Raises LeaseLost if the batch's epoch is no
+        `goes_on`: whatever it was paused for is over. With `at`, the progress is also noted as
+        that time's, in the batch's series. Raises LeaseLost if the batch's epoch is no
         longer this one's.
         """
         values: dict[str, Any] = {"lease_s": lease_s, "heartbeats": batches.c.heartbeats + 1}
@@ -110,6 +113,8 @@ class LeaseStore(Transactions):
             values["pause_reason"] = None
         with self._write() as connection:
             _fenced_update(connection, batch, values)
+            if at is not None and progress is not None:
+                note_sample(connection, batch.id, at, progress)
             renewed = get_batch(connection, batch.id)
         self.lease_watch.saw(_lease(renewed))
         return renewed.status

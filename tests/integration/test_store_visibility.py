@@ -17,6 +17,8 @@ from batch_app.core import (
     Dialect,
     FilePurpose,
     Idempotency,
+    Progress,
+    Sample,
     StoredFile,
     Upload,
     UploadPart,
@@ -26,6 +28,7 @@ from batch_app.errors import NotFound, TooMany
 from batch_app.files import new_id
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.store import Store
+from batch_app.store.samples import note_sample
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ANA, BOB = Caller("ana", sees_all=False), Caller("bob", sees_all=False)
@@ -89,6 +92,12 @@ def ask_of_key(store: Store, ana: Ana, who: Caller) -> Batch | None:
     return store.batch_of_key(idempotency, seen_by=who)
 
 
+def ask_for_the_pace(store: Store, ana: Ana, who: Caller) -> list[Sample]:
+    with store._write() as connection:
+        note_sample(connection, ana.batch.id, NOW, Progress(1))
+    return store.samples(ana.batch.id, seen_by=who)
+
+
 Question = Callable[[Store, Ana, Caller], Any]
 QUESTIONS: dict[str, Question] = {
     "get_batch": lambda store, ana, who: store.get_batch(ana.batch.id, seen_by=who),
@@ -99,6 +108,8 @@ QUESTIONS: dict[str, Question] = {
     "batch_of_key": ask_of_key,
     "get_file": lambda store, ana, who: store.get_file(ana.file.id, seen_by=who),
     "list_files": lambda store, ana, who: store.list_files(limit=9, seen_by=who)[0],
+    "file_names": lambda store, ana, who: store.file_names([ana.file.id], seen_by=who),
+    "samples": ask_for_the_pace,
     "delete_file": lambda store, ana, who: store.delete_file(ana.file.id, NOW, seen_by=who),
     "get_upload": lambda store, ana, who: store.get_upload(ana.upload.id, NOW, seen_by=who),
     "get_parts": lambda store, ana, who: store.get_parts(ana.upload.id, seen_by=who),

@@ -15,9 +15,20 @@ from batch_app import access as access_module
 from batch_app.access import Access, KeyChanges, has_keys
 from batch_app.cli import app
 from batch_app.config import Settings
-from batch_app.errors import Unauthenticated
+from batch_app.errors import Forbidden, NotFound, Unauthenticated
 from batch_app.files import DataDir
-from batch_app.keys import ApiKey, Scope, checksum, is_token_of, key_id_of, new_key
+from batch_app.keys import (
+    ApiKey,
+    Scope,
+    checksum,
+    digest,
+    form_token,
+    is_form_token,
+    is_token_of,
+    key_id_of,
+    new_key,
+    new_session,
+)
 from batch_app.store import Store
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -262,3 +273,69 @@ def test_bad_wishes_are_said_in_a_line(
     assert out == ""
     assert words in said
     assert len(said.strip().splitlines()) == 1
+
+
+# -- sign-ins --------------------------------------------------------------------------------------
+
+
+def test_a_session_opens_what_its_key_opens(place: Place) -> None:
+    key, token = place.add()
+    held = place.access.sign_in(token, life_s=60)
+    assert held not in token
+    assert place.access.caller(held) == key.caller
+    assert held.encode() not in (place.settings.sqlite_file).read_bytes()
+    assert place.another_server().caller(held) == key.caller
+
+    place.now += timedelta(seconds=61)
+    for server in (place.access, place.another_server()):
+        with pytest.raises(Unauthenticated):
+            server.caller(held)
+    assert place.access.caller(token) == key.caller, "the key itself goes on"
+
+
+def test_a_session_ends_with_its_key_and_at_sign_out(place: Place) -> None:
+    key, token = place.add()
+    other = place.another_server()
+    held = place.access.sign_in(token, life_s=60)
+    gone = place.access.sign_in(token, life_s=60)
+    assert other.caller(gone) == key.caller
+    place.access.sign_out(gone)
+    for server in (place.access, other):
+        assert server.caller_here(gone) is None
+        with pytest.raises(Unauthenticated):
+            server.caller(gone)
+    assert other.caller(held) == key.caller
+    place.store.revoke_key(key.id, NOW)
+    KeyChanges(place.data.key_changes_file).note()
+    with pytest.raises(Unauthenticated, match="revoked"):
+        other.caller(held)
+
+
+def test_who_may_not_sign_in(place: Place) -> None:
+    _, token = place.add()
+    held = place.access.sign_in(token, life_s=60)
+    for wrong in (held, "", "none", token[:-1]):
+        with pytest.raises(Unauthenticated):
+            place.access.sign_in(wrong, life_s=60)
+    blind, blind_token = new_key("ben", [Scope.WRITE], NOW)
+    place.store.add_key(blind)
+    with pytest.raises(Forbidden):
+        place.access.sign_in(blind_token, life_s=60)
+
+
+def test_sessions_that_ran_out_are_forgotten(place: Place) -> None:
+    _, token = place.add()
+    held = place.access.sign_in(token, life_s=60)
+    place.now += timedelta(seconds=120)
+    place.access.sign_in(token, life_s=60)
+    with pytest.raises(NotFound):
+        place.store.get_session(digest(held))
+
+
+def test_a_form_s_token_belongs_to_its_session() -> None:
+    key, _ = new_key("ana", [Scope.READ], NOW)
+    (_, one), (_, two) = new_session(key, NOW, 60), new_session(key, NOW, 60)
+    assert is_form_token(form_token(one), one)
+    assert not is_form_token(form_token(two), one)
+    assert not is_form_token("", one)
+    assert not is_form_token("é", one)

@@ -148,6 +148,31 @@ def upgrade() -> None:
         batch_op.create_index("batches_by_status", ["status", "seq"], unique=False)
 
     op.create_table(
+        "sessions",
+        sa.Column("digest", sa.String(length=64), nullable=False),
+        sa.Column("key_id", sa.String(length=64), nullable=False),
+        sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["key_id"],
+            ["api_keys.id"],
+        ),
+        sa.PrimaryKeyConstraint("digest"),
+    )
+    op.create_table(
+        "batch_samples",
+        sa.Column("batch_id", sa.String(length=64), nullable=False),
+        sa.Column("at", sa.DateTime(timezone=True), nullable=False),
+        sa.Column("completed", sa.BigInteger(), nullable=False),
+        sa.Column("failed", sa.BigInteger(), nullable=False),
+        sa.Column("total_tokens", sa.BigInteger(), nullable=False),
+        sa.ForeignKeyConstraint(
+            ["batch_id"],
+            ["batches.id"],
+        ),
+        sa.PrimaryKeyConstraint("batch_id", "at"),
+    )
+    op.create_table(
         "upload_parts",
         sa.Column("id", sa.String(length=64), nullable=False),
         sa.Column("upload_id", sa.String(length=64), nullable=False),
