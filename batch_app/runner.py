@@ -237,6 +237,7 @@ class _Run:
             usual_tokens=self._usual_tokens(),
         )
         with InputFile(input_path, self._index) as inputs:
+            copies = Copies(self._index, inputs)
 
             def make_window(engine: Engine, size: int, deliver: Deliver) -> Window:
                 return Window(
@@ -259,14 +260,14 @@ class _Run:
                 make_window=make_window,
                 deliver=self._deliver,
                 custom_id=lambda number: inputs.request(number).custom_id,
-                copies=Copies(self._index, inputs),
+                copies=copies,
                 check=self._check,
                 stop=self._runner._stop,
             )
             for group in groups:
                 entry = registry.get(group.model)
                 self._warmup = None
-                self._copy_answers(group, inputs)
+                self._copy_answers(group, copies)
                 self._warmup = Warmup(
                     prefetch=self._runner._prefetch,
                     registry=registry,
@@ -287,14 +288,13 @@ class _Run:
             if record and record.results.p95_completion_tokens
         }
 
-    def _copy_answers(self, group: Group, inputs: InputFile) -> None:
+    def _copy_answers(self, group: Group, copies: Copies) -> None:
         """Give what an earlier claim computed to the requests that ask the same."""
         if group.waiting or group.answered:
             self._batch_log.write(
                 f"{len(group.waiting) + len(group.answered):,} requests for {group.model} repeat "
                 "another one's body: they get its answer."
             )
-        copies = Copies(self._index, inputs)
         for leader in np.unique(group.answered.leaders).tolist():
             outcome = logged_outcome(self._log, leader)
             for deliveries in copies.of(outcome, group.answered.of(leader).tolist()):
