@@ -1,6 +1,5 @@
-"""Closing: the files of a batch that ends otherwise than by running to its end.
-
-For whoever ends it in the worker's stead, or after a defect of the worker.
+"""Closing: what the store is told of a batch that ends, and the files of one that ends otherwise
+than by running to its end: in its worker's stead, or after a defect of the worker.
 """
 
 from __future__ import annotations
@@ -8,6 +7,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from batch_app.config import Settings
 from batch_app.core import Batch, Progress
@@ -27,6 +27,16 @@ class Closed:
 
     published: Published
     progress: Progress
+
+    def for_store(self) -> dict[str, Any]:
+        """What `Store.transition` is told of it."""
+        output, errors = self.published.output, self.published.errors
+        return {
+            "new_files": self.published.files,
+            "output_file_id": output.id if output else None,
+            "error_file_id": errors.id if errors else None,
+            "progress": self.progress,
+        }
 
 
 def close_with_results_so_far(

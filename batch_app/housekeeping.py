@@ -77,21 +77,12 @@ class Housekeeping:
             registry=self.registry,
             now=self.clock(),
         )
-        published, progress = closed.published, closed.progress
         crash_point("closing-published")
         with suppress(LeaseLost, Conflict):
-            self.store.transition(
-                batch,
-                to,
-                self.clock(),
-                new_files=published.files,
-                output_file_id=published.output.id if published.output else None,
-                error_file_id=published.errors.id if published.errors else None,
-                progress=progress,
-            )
+            self.store.transition(batch, to, self.clock(), **closed.for_store())
             BatchLog(self.data.log_file(batch.id), clock=self.clock).write(
                 f"{to.value} {'without its worker' if batch.started_at else 'before it started'}: "
-                f"{progress.done} of {batch.total} requests are done"
+                f"{closed.progress.done} of {batch.total} requests are done"
             )
             remove_tree(self.data.work_dir(batch.id))
         return True

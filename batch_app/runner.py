@@ -22,6 +22,7 @@ import numpy as np
 
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
+from batch_app.closing import Closed
 from batch_app.config import Settings
 from batch_app.copies import Copies, logged_outcome
 from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
@@ -367,7 +368,7 @@ class _Run:
             runner._data, batch, self._index, self._log, unfinished, runner._clock()
         )
         crash_point("published")
-        progress = self._log.progress
+        closed = Closed(published, self._log.progress)
         tally = self._tally
         to = to or BatchStatus.COMPLETED
         speed = None
@@ -377,15 +378,12 @@ class _Run:
         self._keeper.check()
         batch = self._move(
             to,
-            new_files=published.files,
-            output_file_id=published.output.id if published.output else None,
-            error_file_id=published.errors.id if published.errors else None,
-            progress=progress,
+            **closed.for_store(),
             throughput_tokens_per_s=speed,
             error_message=message,
         )
         crash_point("ended")
-        to = batch.status
+        to, progress = batch.status, closed.progress
         self._batch_log.write(
             f"{to.value.capitalize()}: {progress.completed:,} succeeded, {progress.failed:,} "
             f"failed of {len(self._index):,}; {progress.tokens.total_tokens:,} tokens"

@@ -238,15 +238,11 @@ class Worker:
             if status is BatchStatus.CANCELLING:
                 to, unfinished = BatchStatus.CANCELLED, CANCELLED
             closed = self._close(self._store.get_batch(batch.id), unfinished)
-            published = closed.published
             self._store.transition(
                 batch,
                 to,
                 self._clock(),
-                new_files=published.files,
-                output_file_id=published.output.id if published.output else None,
-                error_file_id=published.errors.id if published.errors else None,
-                progress=closed.progress,
+                **closed.for_store(),
                 error_message=message if to is BatchStatus.FAILED else None,
             )
             remove_tree(self._data.work_dir(batch.id))
