@@ -334,17 +334,12 @@ class Worker:
 def host_identity() -> str:
     """This machine since its last start, and this container of it: where process ids mean
     something."""
-    parts = [platform.node()]
-    for path in ("/proc/sys/kernel/random/boot_id",):
-        try:
-            parts.append(Path(path).read_text(encoding="ascii").strip())
-        except OSError:
-            parts.append("")
-    try:
-        parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    except OSError:
-        parts.append("")
-    return "/".join(parts)
+    boot = container = ""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with contextlib.suppress(OSError):
+        container = str(Path("/proc/self/ns/pid").readlink())
+    return f"{platform.node()}/{boot}/{container}"
 
 
 def _is_alive(worker: WorkerRow) -> bool:
