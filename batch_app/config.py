@@ -252,6 +252,13 @@ class Settings(BaseSettings):
         description="Seconds without any token progress, with requests in flight, after which "
         "the engine is killed and started again.",
     )
+    engine_network: Literal["isolated", "host"] = Field(
+        "isolated",
+        description="Network of the engine process. `isolated`: one of its own, so that nobody "
+        "outside reaches what listens in it, except where it has to reach others: with "
+        "`media_domains`, or a model that is spread over several machines. Where the kernel "
+        "refuses, the worker warns and goes on. `host`: the machine's.",
+    )
     max_engine_restarts: int = Field(
         5,
         ge=0,

@@ -33,7 +33,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """`not_isolated`: why the process has no network of its own, although it should."""
+
     info: EngineInfo
+    not_isolated: str = ""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):

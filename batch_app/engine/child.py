@@ -1,8 +1,9 @@
-"""The engine process: `python -m batch_app.engine.child FD`, started by `engine.host`.
+"""The engine process: `python -m batch_app.engine.child FD NETWORK`, started by `engine.host`.
 
 Holds one engine for one model. Ends when its channel does, so it never outlives its worker, even
 when that is killed and even when the engine itself hangs: a thread of its own watches the channel.
-Opens no port.
+With `isolated` as NETWORK it is in a network of its own (`engine.isolation`), with `host` in the
+machine's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from batch_app.engine.channel import (
     ToEngine,
     to_engine_decoder,
 )
+from batch_app.engine.isolation import ON_LOOPBACK, isolate_network
 from batch_app.errors import BatchAppError, EngineError, EngineLoadError
 
 #: Where each engine of the registry lives. Imported by name: no engine loads another's libraries.
@@ -63,8 +65,11 @@ def make_engine(spec: ModelSpec) -> Engine:
     return engine
 
 
-def serve(channel: Channel) -> int:
-    """Load what the first message says, then work until the channel ends. Returns an exit code."""
+def serve(channel: Channel, not_isolated: str = "") -> int:
+    """Load what the first message says, then work until the channel ends. Returns an exit code.
+
+    `not_isolated`: why this process has no network of its own, although it should; to be told.
+    """
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
     first = inbox.get()
@@ -76,7 +81,7 @@ def serve(channel: Channel) -> int:
     except EngineLoadError as error:
         channel.send(LoadFailed(error.message, error.retriable, error.too_large))
         return 1
-    channel.send(Loaded(info))
+    channel.send(Loaded(info, not_isolated))
     try:
         _work(engine, inbox, channel)
     except EngineError as error:
@@ -127,15 +132,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _isolate() -> str:
+    """Leave the machine's network. Returns why that was not possible, if it wasn't."""
+    try:
+        isolate_network()
+    except OSError as error:
+        return error.strerror or str(error)
+    os.environ.update(ON_LOOPBACK)
+    return ""
+
+
 def main() -> int:
-    descriptor = int(sys.argv[1])
-    _die_with_parent()
+    descriptor, network = int(sys.argv[1]), sys.argv[2]
+    not_isolated = _isolate() if network == "isolated" else ""
+    _die_with_parent()  # after that: new credentials end such a wish
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        return serve(channel)
+        return serve(channel, not_isolated)
     except BatchAppError as error:
         channel.send(Fatal(error.message))
         return 1

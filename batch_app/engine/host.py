@@ -8,6 +8,7 @@ leaves nothing behind), inherits no credentials, and writes its output to a log 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import re
@@ -54,10 +55,17 @@ from batch_app.errors import (
     EngineOutOfMemory,
 )
 
+logger = logging.getLogger(__name__)
+
 _TICK_S = 0.2
 _DUMP_GRACE_S = 1.0
 _LOG_TAIL_BYTES = 4096
 _MAX_LOG_BYTES = 16 << 20
+NOT_ISOLATED = (
+    "The engine has no network of its own (%s): where it listens on 127.0.0.1, every user of this "
+    "machine can connect to it. Allow the worker network namespaces, or set engine_network=host "
+    "to accept this without a warning. See docs/security.md."
+)
 _CREDENTIAL = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE)_", re.I
 )
@@ -72,6 +80,7 @@ def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
 class EngineHost(Engine):
     """Runs the engine that `spec` names in a child process.
 
+    `isolated`: in a network of its own, where the kernel allows it; where not, a warning says so.
     `interrupted` is asked while the model loads; when it answers True, loading is given up.
     Loading and collecting belong to one thread, as with every engine.
     """
@@ -83,6 +92,7 @@ class EngineHost(Engine):
         log_path: Path,
         start_timeout_s: float = 1800.0,
         hang_s: float = 300.0,
+        isolated: bool = True,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.spec = spec
@@ -90,6 +100,7 @@ class EngineHost(Engine):
         self._log_path = log_path
         self._start_timeout_s = start_timeout_s
         self._hang_s = hang_s
+        self._network = "isolated" if isolated else "host"
         self._interrupted = interrupted
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Channel | None = None
@@ -116,6 +127,8 @@ class EngineHost(Engine):
             message = self._next(_TICK_S)
             if isinstance(message, Loaded):
                 self.info = message.info
+                if message.not_isolated:
+                    logger.warning(NOT_ISOLATED, message.not_isolated)
                 self._last_progress = time.monotonic()
                 return message.info
             if isinstance(message, LoadFailed):
@@ -202,7 +215,10 @@ class EngineHost(Engine):
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "batch_app.engine.child", str(theirs.fileno())],
+                [
+                    *(sys.executable, "-m", "batch_app.engine.child"),
+                    *(str(theirs.fileno()), self._network),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

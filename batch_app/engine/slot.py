@@ -13,6 +13,7 @@ from batch_app.config import Settings
 from batch_app.core import EngineLimits
 from batch_app.engine.base import EngineInfo, ModelSpec
 from batch_app.engine.host import EngineHost
+from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
 from batch_app.errors import EngineDied, EngineLoadError
 from batch_app.registry import ModelEntry
@@ -117,11 +118,17 @@ class EngineSlot:
                 return host, info
 
     def _make_host(self, spec: ModelSpec) -> EngineHost:
+        loads_media = bool(self._settings.media_domains)
         return EngineHost(
             spec,
             log_path=self._log_path,
             start_timeout_s=self._settings.engine_start_timeout_s,
             hang_s=self._settings.engine_hang_s,
+            isolated=(
+                self._settings.engine_network == "isolated"
+                and not loads_media
+                and not needs_network(spec.engine_args)
+            ),
             interrupted=self._interrupted,
         )
 
