@@ -18,8 +18,11 @@ setup:  ## Make or repair .venv (an NVIDIA GPU chooses CUDA; VLLM_BATCH_ENGINE=c
 demo: setup  ## Run a whole batch with the demo model; the last line names the results file
 	@$(PYTHON_IN_VENV) -m batch_app.demo
 
-test: lint  ## Run the checks of `lint`, then every test
-	$(PYTHON_IN_VENV) -m pytest -q
+# Tests wait for processes more than they compute; see tests/support/beside.py for who runs with whom.
+PROCESSES ?= 2
+
+test: lint  ## Run the checks of `lint`, then every test, in PROCESSES (2) beside each other
+	$(PYTHON_IN_VENV) -m pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 lint: setup  ## Check style, types and the direction of imports
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytest_plugins = ["integration.api_fixtures"]
+pytest_plugins = ["integration.api_fixtures", "support.beside"]
 
 hypothesis.settings.register_profile(
     "suite",

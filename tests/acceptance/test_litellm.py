@@ -13,12 +13,18 @@ from acceptance.conftest import Running
 from support.sdk import CHAT, Sdk, jsonl, lines
 from support.waiting import wait_for
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of its own imports
-    import litellm
-
 #: Of LiteLLM's own types, which it makes when it needs them first.
 pytestmark = pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def litellm() -> Any:
+    """Imported where it is used: it takes seconds, and otherwise asks the internet for prices."""
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        patched.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+        warnings.simplefilter("ignore")  # of its own imports
+        import litellm
+    return litellm
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def server(working: Running) -> dict[str, Any]:
     }
 
 
-def test_a_batch_from_file_to_content(server: dict[str, Any], tmp_path: Path) -> None:
+def test_a_batch_from_file_to_content(litellm: Any, server: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(jsonl(lines(12)))
     with path.open("rb") as content:
@@ -63,7 +69,7 @@ def test_a_batch_from_file_to_content(server: dict[str, Any], tmp_path: Path) ->
     assert litellm.file_delete(file_id=file.id, **server).deleted
 
 
-def test_a_running_batch_is_cancelled(server: dict[str, Any], sdk: Sdk) -> None:
+def test_a_running_batch_is_cancelled(litellm: Any, server: dict[str, Any], sdk: Sdk) -> None:
     batch = sdk.wait(sdk.create(lines(5000, "slow")), "in_progress")
     cancelled = litellm.cancel_batch(batch_id=batch.id, **server)
     assert cancelled.status in ("cancelling", "cancelled")

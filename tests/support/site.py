@@ -239,7 +239,15 @@ def kill_tree(pid: int) -> None:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-    psutil.wait_procs(processes, timeout=5)
+    wait_for(lambda: all(map(_has_ended, processes)), timeout_s=10, what=f"the end of {processes}")
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    """Also of one that nobody has asked for its exit code yet: an orphan's heir takes its time."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def assert_answers_echo(lines: list[dict[str, Any]], num_requests: int) -> None:
