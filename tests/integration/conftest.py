@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,6 @@ def demo_spec(**engine_args: Any) -> ModelSpec:
 def vllm_engine() -> Iterator[VllmEngine]:
     """Shared: whoever uses it leaves it idle. Its tests are marked `engine`."""
     pytest.importorskip("vllm")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     engine = VllmEngine(demo_spec(enable_auto_tool_choice=True, tool_call_parser="hermes"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of vLLM's own imports
