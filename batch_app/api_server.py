@@ -29,7 +29,7 @@ from batch_app import __version__, floors
 from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
-from batch_app.routes import batches, errors, openai_files, ops, results
+from batch_app.routes import batches, errors, openai_files, ops, results, webhooks
 from batch_app.routes.audit_trail import AuditTrail
 from batch_app.routes.authentication import Authentication
 from batch_app.routes.description import describe
@@ -58,12 +58,18 @@ def create_app(settings: Settings) -> FastAPI:
         with suppress(StoreUnavailable):
             await run_in_threadpool(services.access.is_required)  # for /openapi.json
         _announce(services)
-        background = (services.validation, services.housekeeping, services.key_uses)
+        background = (
+            services.validation,
+            services.housekeeping,
+            services.key_uses,
+            services.sending,
+        )
         for thread in background:
             thread.start()
         yield
         for thread in background:
             await run_in_threadpool(thread.stop, BACKGROUND_STOP_S)
+        await run_in_threadpool(services.outbox.wait, BACKGROUND_STOP_S)
         services.store.close()
 
     app: FastAPI = FastAPIOffline(
@@ -78,6 +84,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(results.router)
     app.include_router(openai_files.files_router)
     app.include_router(openai_files.uploads_router)
+    app.include_router(webhooks.router)
     app.include_router(ops.router)
     errors.install(app)
     # The last one added is the first one asked.

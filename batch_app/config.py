@@ -132,6 +132,37 @@ class Settings(BaseSettings):
         100, gt=0, description="How many line errors a refused file reports; the rest are counted."
     )
 
+    # Webhooks
+    webhook_allowed_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)] = Field(
+        (),
+        description="Host names, addresses and networks (`10.1.0.0/16`), separated by commas, that "
+        "webhooks may go to although they are not public, and by http. Empty: public addresses by "
+        "https only.",
+    )
+    webhook_ca_file: ExpandedPath | None = Field(
+        None,
+        description="File of certificates (PEM) that webhooks' hosts are trusted by besides the "
+        "usual ones, for an authority of your own.",
+    )
+    webhook_timeout_s: float = Field(
+        20.0, gt=0, le=60, description="Seconds that a webhook's host gets for each attempt."
+    )
+    webhook_backoff_s: float = Field(
+        5.0,
+        gt=0,
+        description="Seconds before the second attempt; each further pause is three times as "
+        "long, up to 12 hours, give or take a quarter.",
+    )
+    webhook_attempts: int = Field(
+        16, gt=0, description="Attempts, after which an event is given up; 16 take three days."
+    )
+    max_webhooks: int = Field(
+        20,
+        gt=0,
+        description="Most webhooks of one API key (of all together, without keys), those of single "
+        "batches not counted.",
+    )
+
     # How long things are kept
     retention_input_s: int = Field(
         0,
@@ -150,6 +181,12 @@ class Settings(BaseSettings):
         0,
         ge=0,
         description="Seconds after the end of a batch that its log is removed. 0: kept for ever.",
+    )
+    retention_webhook_s: int = Field(
+        30 * 86400,
+        ge=0,
+        description="Seconds after its last attempt that a settled delivery of a webhook is "
+        "forgotten. 0: kept for ever.",
     )
 
     # What one request may ask for

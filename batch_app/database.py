@@ -224,6 +224,47 @@ workers = Table(
     Column("batch_id", String(64)),
 )
 
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("seq", _Sequence, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("url", Text, nullable=False),
+    # Not a digest: it signs what is sent.
+    Column("secret", String(128), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("owner", String(64)),
+    Column("batch_id", String(64), index=True),
+    Column("events", String(255), nullable=False),
+    Column("disabled_at", UtcDateTime),
+    Column("disabled_reason", Text),
+)
+
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    Column("seq", _Sequence, primary_key=True, autoincrement=True),
+    Column("id", String(64), nullable=False, unique=True),
+    Column("webhook_id", String(64), ForeignKey("webhooks.id"), nullable=False),
+    Column("batch_id", String(64), nullable=False),
+    Column("type", String(32), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", UtcDateTime, nullable=False),
+    Column("last_attempt_at", UtcDateTime),
+    Column("delivered_at", UtcDateTime),
+    Column("status_code", Integer),
+    Column("error", Text),
+    Column("owner", String(64)),
+    Column("epoch", Integer, nullable=False, default=0),
+    # How long nobody else touches it: while it is being sent, or waits for its next attempt.
+    Column("hold_s", Float, nullable=False, default=0.0),
+    Column("lease_owner", String(64)),
+    Index("webhook_deliveries_by_state", "state", "seq"),
+    Index("webhook_deliveries_by_webhook", "webhook_id", "seq"),
+)
+
 # Counters that only grow, for the metrics.
 model_loads = Table(
     "model_loads",

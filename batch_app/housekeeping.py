@@ -116,6 +116,9 @@ class Housekeeping:
             return
         self._next_sweep = now + SWEEP_EVERY  # also when this one fails
         self.store.forget_keys(now - KEYS_KEPT)
+        if self.settings.retention_webhook_s:
+            kept = timedelta(seconds=self.settings.retention_webhook_s)
+            self.store.forget_deliveries(now - kept)
         kept_s = self.settings.retention_log_s
         num_removed = self.data.sweep_incoming() + remove_orphans(
             self.data,

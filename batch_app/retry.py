@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from batch_app.keys import EVERYBODY, Caller
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
 from batch_app.validation import intake_rules, window_end
+from batch_app.webhooks import Webhook, new_webhook_id
 
 
 def retry_batch(
@@ -92,6 +94,7 @@ def retry_batch(
             again,
             input_file,
             idempotency,
+            webhook=_same_webhook(store.webhook_of_batch(batch.id), again),
             seen_by=seen_by,
             max_unfinished=settings.max_unfinished_batches,
         )
@@ -130,6 +133,13 @@ def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetim
         retry_of=batch.id,
         output_expires_after_s=batch.output_expires_after_s,
     )
+
+
+def _same_webhook(webhook: Webhook | None, again: Batch) -> Webhook | None:
+    """The old batch's, for the new one: whoever waited for that waits for this."""
+    if webhook is None or webhook.disabled_at is not None:
+        return None
+    return replace(webhook, id=new_webhook_id(), batch_id=again.id, created_at=again.created_at)
 
 
 def _failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:

@@ -25,6 +25,8 @@ from batch_app.incoming import Incoming, UploadServices
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry
 from batch_app.shapes import BodyLimits
+from batch_app.webhook_targets import requested_webhook
+from batch_app.webhooks import Webhook
 
 
 class BatchUpload(Incoming[Batch]):
@@ -42,6 +44,8 @@ class BatchUpload(Incoming[Batch]):
         self._file_id = new_id("file")
         self._model: ModelEntry | None = None
         self._intake: Intake | None = None
+        #: The one that was made with the batch.
+        self.webhook: Webhook | None = None
 
     def discard(self) -> None:
         if self._intake is not None:
@@ -53,6 +57,7 @@ class BatchUpload(Incoming[Batch]):
         if "model" in fields:
             with no_room_is_storage_full("receiving the upload"):
                 self._intake = Intake(self._folder, self._rules(self._require_model()))
+        self._wanted_webhook(fields)  # refused before the file is here, where that is possible
 
     def _take(self, piece: bytes) -> None:
         super()._take(piece)
@@ -76,6 +81,20 @@ class BatchUpload(Incoming[Batch]):
         if wish not in ("true", "false"):
             raise BadRequest('"deduplicate" must be true or false.', param="deduplicate")
         return wish == "true"
+
+    def _wanted_webhook(self, fields: dict[str, str]) -> Webhook | None:
+        url = fields.get("webhook_url", "").strip()
+        if not url:
+            return None
+        return requested_webhook(
+            self.services.settings,
+            url,
+            self.services.clock(),
+            owner=self.services.caller.owner,
+            secret=fields.get("webhook_secret", "").strip() or None,
+            batch_id=self._batch_id,
+            prefix="webhook_",
+        )
 
     def _accept(self) -> Batch:
         idempotency = None
@@ -130,6 +149,7 @@ class BatchUpload(Incoming[Batch]):
             owner=self.services.caller.owner,
             deduplicate=self._may_deduplicate(),
         )
+        webhook = self._wanted_webhook(self._form.fields)
         input_path, work_dir = data.input_file(input_file.id), data.work_dir(batch.id)
         self._leftovers += [input_path, work_dir, data.log_file(batch.id)]
         with no_room_is_storage_full("receiving the upload"):
@@ -145,12 +165,14 @@ class BatchUpload(Incoming[Batch]):
             batch,
             input_file,
             idempotency,
+            webhook=webhook,
             seen_by=self.services.caller,
             max_unfinished=self.services.settings.max_unfinished_batches,
         )
         crash_point("upload-added")
         if created.id != batch.id:
             return created  # the same form went through another server, at the same time
+        self.webhook = webhook
         self._leftovers.clear()
         with suppress(OSError):  # the batch is queued; a worker that isn't woken polls
             wake_workers(data)

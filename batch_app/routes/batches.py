@@ -39,6 +39,8 @@ from batch_app.routes.services import (
 )
 from batch_app.uploads import BatchUpload
 from batch_app.validation import window_end
+from batch_app.webhook_targets import requested_webhook
+from batch_app.webhooks import Webhook
 from batch_app.wire.batches import BatchListBody, ModelListBody, batch_list_body
 from batch_app.wire.errors import BadLinesBody, ErrorBody
 from batch_app.wire.native import (
@@ -80,6 +82,14 @@ _NATIVE_FORM = form_schema(
             "type": "string",
             "enum": ["true", "false"],
             "description": "false: compute each of several equal requests. Default true.",
+        },
+        "webhook_url": {
+            "type": "string",
+            "description": "Told of the batch's end; the answer has its secret, this once.",
+        },
+        "webhook_secret": {
+            "type": "string",
+            "description": "A secret of your own for it: whsec_ and 24 to 64 bytes in base64.",
         },
     },
     ["file", "model"],
@@ -153,13 +163,13 @@ async def create_batch(request: Request) -> Response:
             upload = BatchUpload(own.for_uploads(asks), key)
             batch = await receive(upload, dict(request.headers), request.stream())
         note_object(request, batch.id)
-        return await run_in_threadpool(_answer, own, batch, None)
+        return await run_in_threadpool(_answer, own, batch, None, upload.webhook)
     wish, raw = await read_json(request, BatchCreate)
-    batch = await run_in_threadpool(
+    batch, webhook = await run_in_threadpool(
         _create_from_file, own, caller(request), wish, _idempotency(request, raw)
     )
     note_object(request, batch.id)
-    return await run_in_threadpool(_answer, own, batch, None)
+    return await run_in_threadpool(_answer, own, batch, None, webhook)
 
 
 def _key(request: Request) -> str | None:
@@ -183,12 +193,13 @@ def _idempotency(request: Request, said: bytes) -> Idempotency | None:
 
 def _create_from_file(
     own: Services, asks: Caller, wish: BatchCreate, idempotency: Idempotency | None
-) -> Batch:
-    """The batch is there at once; its lines are checked in the background."""
+) -> tuple[Batch, Webhook | None]:
+    """The batch is there at once; its lines are checked in the background. Comes with the webhook
+    that was made with it."""
     if idempotency is not None:
         earlier = own.store.batch_of_key(idempotency, seen_by=asks)
         if earlier is not None:
-            return earlier
+            return earlier, None
     if wish.endpoint not in _ENDPOINTS:
         raise BadRequest(f"The endpoint must be one of: {', '.join(_ENDPOINTS)}.", param="endpoint")
     now = own.clock()
@@ -218,18 +229,31 @@ def _create_from_file(
         ),
         owner=asks.owner,
     )
+    webhook = None
+    if wish.webhook_url is not None:
+        webhook = requested_webhook(
+            own.settings,
+            wish.webhook_url,
+            now,
+            owner=asks.owner,
+            secret=wish.webhook_secret,
+            batch_id=batch.id,
+            prefix="webhook_",
+        )
     created = own.store.add_batch(
         batch,
         idempotency=idempotency,
+        webhook=webhook,
         seen_by=asks,
         max_unfinished=own.settings.max_unfinished_batches,
     )
-    if created.id == batch.id:
-        BatchLog(own.data.log_file(batch.id), clock=own.clock).write(
-            f"submitted: file {file.id}, {file.size_bytes} bytes, endpoint {batch.endpoint}"
-        )
-        own.validation.wake()
-    return created
+    if created.id != batch.id:
+        return created, None
+    BatchLog(own.data.log_file(batch.id), clock=own.clock).write(
+        f"submitted: file {file.id}, {file.size_bytes} bytes, endpoint {batch.endpoint}"
+    )
+    own.validation.wake()
+    return created, webhook
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -349,12 +373,14 @@ def _log(own: Services, batch: Batch, message: str) -> None:
     BatchLog(own.data.log_file(batch.id), clock=own.clock).write(message)
 
 
-def _answer(own: Services, batch: Batch, dialect: Dialect | None) -> Response:
+def _answer(
+    own: Services, batch: Batch, dialect: Dialect | None, webhook: Webhook | None = None
+) -> Response:
     estimate = own.estimate(batch)
     batch = own.with_pause_reason(batch)
     body: BaseModel
     if (dialect or batch.dialect) is Dialect.OPENAI:
-        body = openai_batch_body(batch, estimate)
+        body = openai_batch_body(batch, estimate, webhook)
     else:
-        body = batch_body(batch, estimate)
+        body = batch_body(batch, estimate, webhook)
     return json_answer(body)

@@ -28,6 +28,7 @@ from batch_app.housekeeping import Housekeeping
 from batch_app.idempotency import KeysInUse
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.keys import Caller
+from batch_app.outbox import Outbox, tls_context
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
 from batch_app.store import LEASED, Store
@@ -36,6 +37,7 @@ from batch_app.validation import Validation
 #: Another server may have left something to do; one's own wakes at once.
 VALIDATION_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 1.0
+SENDING_EVERY_S = 1.0
 NOTE_KEY_USES_EVERY_S = 60.0
 #: With less room than this a worker can't go on.
 FULL_BYTES = 64 * 1024
@@ -69,6 +71,7 @@ class Services:
         Raises ConfigError, StoreUnavailable, StorageFull or OSError.
         """
         registry = ModelRegistry.load(settings.models)
+        tls_context(settings)  # a file of certificates that can't be read is said at the start
         data = DataDir(settings.data_dir)
         data.create()
         data.sweep_incoming()
@@ -121,6 +124,17 @@ class Services:
             self.stopping.is_set,
         )
         return BackgroundThread("validation", work.run_once, VALIDATION_EVERY_S)
+
+    @cached_property
+    def outbox(self) -> Outbox:
+        return Outbox(self.settings, self.store, self._holder, clock=self.clock)
+
+    @cached_property
+    def sending(self) -> BackgroundThread:
+        """Sends what webhooks are to be told. Started and stopped with the app."""
+        thread = BackgroundThread("webhooks", self.outbox.run_once, SENDING_EVERY_S)
+        self.outbox.on_end = thread.wake
+        return thread
 
     @cached_property
     def housekeeping(self) -> BackgroundThread:

@@ -16,6 +16,7 @@ from batch_app.store.remains import RemainsStore
 from batch_app.store.samples import SampleStore
 from batch_app.store.sessions import SessionStore
 from batch_app.store.totals import ModelLoads, Totals, TotalsStore
+from batch_app.store.webhooks import WebhookStore
 from batch_app.store.workers import WorkerRow, WorkerStore
 
 __all__ = ["LEASED", "ModelLoads", "Store", "Totals", "WorkerRow", "require_pending"]
@@ -31,5 +32,6 @@ class Store(
     SessionStore,
     RemainsStore,
     TotalsStore,
+    WebhookStore,
 ):
     """One per process; safe to use from several threads."""

@@ -25,6 +25,8 @@ from batch_app.store.files import insert_file, insert_files
 from batch_app.store.rows import batch_values, progress_values, to_batch
 from batch_app.store.transactions import Transactions
 from batch_app.store.visibility import visible
+from batch_app.store.webhooks import announce, insert_webhook
+from batch_app.webhooks import Webhook
 
 #: States in which a batch belongs to a worker, or to the next one when its lease has run out.
 LEASED = (BatchStatus.RUNNING, BatchStatus.FINALIZING, BatchStatus.CANCELLING)
@@ -50,10 +52,12 @@ class BatchStore(Transactions):
         input_file: StoredFile | None = None,
         idempotency: Idempotency | None = None,
         *,
+        webhook: Webhook | None = None,
         seen_by: Caller = EVERYBODY,
         max_unfinished: int = 0,
     ) -> Batch:
-        """Insert a batch, and with it its input file if that is new: both, or neither.
+        """Insert a batch, and with it its input file if that is new, and the webhook that is told
+        of its end: all of them, or none.
 
         With a key that was used before for the same request, that request's batch is returned and
         nothing is inserted. `max_unfinished`: of the batch's owner; 0 means no limit.
@@ -74,6 +78,8 @@ class BatchStore(Transactions):
             elif not _has_file(connection, batch.input_file_id, seen_by):
                 raise NotFound(f"No such file: {batch.input_file_id}", param="input_file_id")
             connection.execute(insert(batches).values(batch_values(batch)))
+            if webhook is not None:
+                insert_webhook(connection, webhook)
             if idempotency is not None:
                 connection.execute(
                     insert(idempotency_keys).values(
@@ -252,6 +258,7 @@ def change_state(
     connection: Connection, batch: Batch, to: BatchStatus, now: datetime, **values: Any
 ) -> Batch:
     """Within the caller's transaction. `values` may have `progress` and `errors` as core has them.
+    An end is announced to webhooks.
 
     Raises Conflict where the table of transitions forbids it.
     """
@@ -275,7 +282,10 @@ def change_state(
     if errors is not None:
         changes["errors"] = [asdict(error) for error in errors]
     connection.execute(update(batches).where(batches.c.id == batch.id).values(**changes))
-    return get_batch(connection, batch.id)
+    changed = get_batch(connection, batch.id)
+    if to in TERMINAL:
+        announce(connection, changed, now)
+    return changed
 
 
 def _require_room(connection: Connection, owner: str | None, max_unfinished: int) -> None:

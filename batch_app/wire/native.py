@@ -16,6 +16,8 @@ from batch_app.benchmarks import BenchmarkRecord
 from batch_app.core import Batch, BatchStatus
 from batch_app.estimates import Estimate
 from batch_app.registry import ModelEntry
+from batch_app.webhooks import Webhook
+from batch_app.wire.webhooks import WebhookBody, webhook_body
 
 #: How the native dialect calls each state.
 STATUS_NAMES: Mapping[BatchStatus, str] = {
@@ -60,7 +62,8 @@ class EstimateBody(_Body):
 class BatchBody(_Body):
     """A batch. Times are UTC without a zone, as the guide prints them.
 
-    `deduplicated`: of the finished requests, those that got the answer of an equal one.
+    `deduplicated`: of the finished requests, those that got the answer of an equal one. `webhook`:
+    the one that was made with the batch, in the answer that creates both, with its secret.
     """
 
     batch_id: str
@@ -77,6 +80,7 @@ class BatchBody(_Body):
     estimate: EstimateBody | None
     deduplicated: int
     pause_reason: str | None
+    webhook: WebhookBody | None
 
 
 class ModelBody(_Body):
@@ -131,7 +135,9 @@ def estimate_body(estimate: Estimate | None) -> EstimateBody | None:
     )
 
 
-def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
+def batch_body(
+    batch: Batch, estimate: Estimate | None = None, webhook: Webhook | None = None
+) -> BatchBody:
     ended_at = batch.completed_at or batch.failed_at or batch.expired_at or batch.cancelled_at
     total_tokens = batch.progress.tokens.total_tokens
     throughput = batch.throughput_tokens_per_s
@@ -155,6 +161,7 @@ def batch_body(batch: Batch, estimate: Estimate | None = None) -> BatchBody:
         estimate=estimate_body(estimate),
         deduplicated=batch.progress.deduplicated,
         pause_reason=batch.pause_reason,
+        webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
     )
 
 

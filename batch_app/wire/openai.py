@@ -24,8 +24,16 @@ from batch_app.core import (
 )
 from batch_app.estimates import Estimate
 from batch_app.registry import ModelEntry
+from batch_app.webhooks import Webhook
 from batch_app.wire.errors import LineErrorBody
 from batch_app.wire.native import EstimateBody, ProgressBody, estimate_body, percent
+from batch_app.wire.webhooks import (
+    MAX_SECRET_CHARS,
+    MAX_URL_CHARS,
+    WebhookBody,
+    WebhookCreate,
+    webhook_body,
+)
 
 #: How the dialect calls each state.
 STATUS_NAMES: Mapping[BatchStatus, str] = {
@@ -59,7 +67,8 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=MAX_META
 
 class BatchCreate(_Body):
     """The body of `POST /v1/batches`. This server's own: `priority`, of which the higher goes
-    first, and `deduplicate`, whether equal requests may be computed once."""
+    first, `deduplicate`, whether equal requests may be computed once, and `webhook_url`, which is
+    told of the batch's end; `webhook_secret`: see `POST /v1/webhooks`."""
 
     input_file_id: str
     endpoint: str = Field(json_schema_extra={"enum": [endpoint.value for endpoint in Endpoint]})
@@ -68,6 +77,8 @@ class BatchCreate(_Body):
     output_expires_after: ExpiresAfter | None = None
     priority: int = Field(0, ge=-100, le=100)
     deduplicate: bool = True
+    webhook_url: str | None = Field(None, max_length=MAX_URL_CHARS)
+    webhook_secret: str | None = Field(None, max_length=MAX_SECRET_CHARS)
 
 
 class UploadCreate(_Body):
@@ -88,7 +99,7 @@ class UploadComplete(_Body):
 
 
 #: What /openapi.json has to define by itself, since the handlers read these bodies on their own.
-REQUEST_BODIES = (BatchCreate, UploadCreate, UploadComplete)
+REQUEST_BODIES = (BatchCreate, UploadCreate, UploadComplete, WebhookCreate)
 
 
 # -- what goes out ---------------------------------------------------------------------------------
@@ -179,7 +190,8 @@ class UsageBody(_Body):
 
 class OpenAIBatchBody(_Body):
     """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
-    the answer of an equal one) and `pause_reason` are this server's own."""
+    the answer of an equal one), `pause_reason` and `webhook` (the one that was made with the batch,
+    in the answer that creates both, with its secret) are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -209,6 +221,7 @@ class OpenAIBatchBody(_Body):
     retry_of: str | None
     deduplicated: int
     pause_reason: str | None
+    webhook: WebhookBody | None
 
 
 class OpenAIModelBody(_Body):
@@ -277,7 +290,9 @@ def part_list_body(parts: Sequence[UploadPart]) -> PartListBody:
     )
 
 
-def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIBatchBody:
+def openai_batch_body(
+    batch: Batch, estimate: Estimate | None = None, webhook: Webhook | None = None
+) -> OpenAIBatchBody:
     progress, tokens = batch.progress, batch.progress.tokens
     errors = [LineErrorBody.model_validate(error) for error in batch.errors]
     if not errors and batch.error_message:
@@ -330,6 +345,7 @@ def openai_batch_body(batch: Batch, estimate: Estimate | None = None) -> OpenAIB
         retry_of=batch.retry_of,
         deduplicated=progress.deduplicated,
         pause_reason=batch.pause_reason,
+        webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
     )
 
 

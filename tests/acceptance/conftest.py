@@ -27,6 +27,8 @@ def _running(tmp: pytest.TempPathFactory, name: str, workers: int) -> Iterator[R
         poll_interval_s=0.2,
         commit_interval_s=0.05,
         min_free_bytes=0,
+        webhook_allowed_hosts="127.0.0.1",
+        webhook_backoff_s=0.1,
     )
     try:
         url = site.start_server()

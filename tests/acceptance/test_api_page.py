@@ -48,7 +48,7 @@ def test_the_examples_run(shell_output: str, working: Running, tmp_path: Path) -
     assert '"batch_id"' in native
     assert native.endswith(f"}}{again}"), "the same key, the same batch"
 
-    (example,) = blocks("python", working)
+    example, _receiver_of_webhooks = blocks("python", working)  # see test_webhooks
     done = subprocess.run(
         [sys.executable, "-c", example],
         cwd=tmp_path,

@@ -87,6 +87,21 @@ class Belongings:
         self.ids["output"] = batch["output_file_id"]
         return batch_id
 
+    def webhook(self) -> str:
+        made = self.person.made("/v1/webhooks", json={"url": "https://example.org/hook"})
+        return str(made["id"])
+
+    def delivery(self) -> str:
+        """With the id of its webhook, as the path has both."""
+        wish = {"input_file_id": self.file(), "endpoint": CHAT}
+        made = self.person.made("/v1/batches", json=wish | {"webhook_url": "https://example.org/"})
+        self.person.made(f"/v1/batches/{made['id']}/cancel")
+        while self.person.world.keep_house():
+            pass
+        path = f"{made['webhook']['id']}/deliveries"
+        (delivery,) = self.person.call("GET", f"/v1/webhooks/{path}").json()["data"]
+        return f"{path}/{delivery['id']}"
+
     def upload(self) -> str:
         wish = {"filename": "u", "purpose": "batch", "bytes": 4, "mime_type": "text/plain"}
         return str(self.person.made("/v1/uploads", json=wish)["id"])
@@ -158,6 +173,16 @@ ROUTES: dict[str, Ask] = {
         Belongings.upload, lambda own, thing: {"json": {"part_ids": [own.part(thing)]}}
     ),
     "POST /v1/uploads/{upload_id}/cancel": Ask(Belongings.upload),
+    "POST /v1/webhooks": Ask(
+        None, lambda own, thing: {"json": {"url": "https://example.org/hook"}}
+    ),
+    "GET /v1/webhooks": Ask(Belongings.webhook, lists="/v1/webhooks?limit=100"),
+    "GET /v1/webhooks/{webhook_id}": Ask(Belongings.webhook),
+    "DELETE /v1/webhooks/{webhook_id}": Ask(Belongings.webhook),
+    "GET /v1/webhooks/{webhook_id}/deliveries": Ask(Belongings.webhook),
+    "POST /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay": Ask(
+        Belongings.delivery, path="/v1/webhooks/{thing}/replay"
+    ),
 }
 
 
@@ -216,7 +241,7 @@ def ask(person: Person, route: str, thing: str, options: dict[str, Any]) -> Answ
     method, path = route.split(" ", 1)
     method = "GET" if method == "MOUNT" else method
     path = ROUTES[route].lists or ROUTES[route].path or path
-    for name in ("{batch_id}", "{file_id}", "{upload_id}"):
+    for name in ("{batch_id}", "{file_id}", "{upload_id}", "{webhook_id}", "{thing}"):
         path = path.replace(name, thing)
     return person.call(method, path, **options)
 

@@ -29,6 +29,7 @@ from batch_app.files import new_id
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.store import Store
 from batch_app.store.samples import note_sample
+from batch_app.webhooks import Webhook, new_secret
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ANA, BOB = Caller("ana", sees_all=False), Caller("bob", sees_all=False)
@@ -82,6 +83,13 @@ class Ana:
         )
         store.add_upload(self.upload)
         store.add_part(UploadPart(new_id("part"), self.upload.id, 4, NOW))
+        self.webhook = Webhook(
+            new_id("webhook"), "https://example.org/", new_secret(), NOW, owner="ana"
+        )
+        store.add_webhook(self.webhook)
+        ended = store.add_batch(a_batch(self.input.id))
+        store.cancel_queued(ended.id, NOW)
+        (self.delivery,) = store.list_deliveries(self.webhook.id, limit=1)[0]
 
 
 def ask_of_key(store: Store, ana: Ana, who: Caller) -> Batch | None:
@@ -116,6 +124,15 @@ QUESTIONS: dict[str, Question] = {
     "complete_upload": lambda store, ana, who: store.complete_upload(
         ana.upload.id, a_file(), seen_by=who
     ),
+    "get_webhook": lambda store, ana, who: store.get_webhook(ana.webhook.id, seen_by=who),
+    "list_webhooks": lambda store, ana, who: store.list_webhooks(limit=9, seen_by=who)[0],
+    "delete_webhook": lambda store, ana, who: store.delete_webhook(ana.webhook.id, seen_by=who),
+    "list_deliveries": lambda store, ana, who: store.list_deliveries(
+        ana.webhook.id, limit=9, seen_by=who
+    )[0],
+    "replay_delivery": lambda store, ana, who: store.replay_delivery(
+        ana.webhook.id, ana.delivery.id, NOW, seen_by=who
+    ),
     "cancel_upload": lambda store, ana, who: store.cancel_upload(ana.upload.id, seen_by=who),
 }
 
@@ -137,6 +154,7 @@ def test_somebody_else_gets_nothing(store: Store, question: str) -> None:
     assert store.get_batch(ana.batch.id).status is BatchStatus.QUEUED
     assert store.get_file(ana.file.id)
     assert store.get_upload(ana.upload.id, NOW).status is UploadStatus.PENDING
+    assert store.list_deliveries(ana.webhook.id, limit=9)[0] == [ana.delivery]
 
 
 @pytest.mark.parametrize("who", [ANA, ADMIN], ids=["ana", "admin"])
