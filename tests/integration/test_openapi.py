@@ -67,6 +67,11 @@ def real(world: World) -> dict[str, list[str]]:
     for _ in range(2):
         found["upload_id"].append(client.post("/v1/uploads", json=wish).json()["id"])
     client.post(f"/v1/uploads/{found['upload_id'][0]}/cancel")
+    webhook_id = client.post("/v1/webhooks", json={"url": "https://example.org/"}).json()["id"]
+    client.delete(f"/v1/batches/{client.post('/v1/batches', **form).json()['batch_id']}")
+    deliveries = client.get(f"/v1/webhooks/{webhook_id}/deliveries").json()["data"]
+    found["webhook_id"] = [webhook_id]
+    found["delivery_id"] = [delivery["id"] for delivery in deliveries]
     return found
 
 
