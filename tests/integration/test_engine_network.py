@@ -19,7 +19,7 @@ from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.slot import EngineSlot
 from batch_app.registry import ModelEntry
-from support.network import interfaces_of, network_of
+from support.network import has_loopback_up, interfaces_of, network_of
 from support.site import REPO
 
 SIM = ModelSpec(name="sim", engine="sim", source="sim")
@@ -30,7 +30,7 @@ from pathlib import Path
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.host import EngineHost
 from contract.engine_conformance import chat, run
-from support.network import interfaces_of, network_of
+from support.network import has_loopback_up, interfaces_of, network_of
 import os
 logging.basicConfig(format="%(message)s", stream=sys.stdout)
 engine = EngineHost(ModelSpec(name="sim", engine="sim", source="sim"), log_path=Path(sys.argv[1]))
@@ -38,20 +38,34 @@ engine.load()
 (outcome,) = run(engine, chat(1))
 assert outcome.status_code == 200
 print("own network:", network_of(engine.pid) != network_of(os.getpid()))
-print("interfaces:", *interfaces_of(engine.pid))
+print("interfaces:", *interfaces_of(engine.pid), has_loopback_up(engine.pid))
 for line in Path(f"/proc/{engine.pid}/status").read_text().splitlines():
     if line.startswith(("Uid", "CapEff")):
         print(*line.split())
 engine.close()
 """
+#: What comes after the namespace is refused.
+REFUSED_HALFWAY = """
+import os
+from batch_app.engine import isolation
+from support.network import network_of
+def refuse(): raise PermissionError(1, "No loopback for you")
+isolation._bring_up_loopback = refuse
+before = network_of(os.getpid())
+try:
+    isolation.isolate_network()
+except OSError as error:
+    print("refused:", error.strerror)
+print("as before:", network_of(os.getpid()) == before)
+"""
 
 
-def run_within(tmp_path: Path, *prefix: str) -> str:
-    """What SCRIPT prints, when it is started by this command; skips where that isn't allowed."""
+def run_within(tmp_path: Path, *prefix: str, script: str = SCRIPT) -> str:
+    """What the script prints, when this command starts it; skips where that isn't allowed."""
     if shutil.which(prefix[0]) is None or subprocess.run([*prefix, "true"], check=False).returncode:
         pytest.skip(f"{' '.join(prefix)} isn't possible here")
     done = subprocess.run(
-        [*prefix, sys.executable, "-c", SCRIPT, str(tmp_path / "engine.log")],
+        [*prefix, sys.executable, "-c", script, str(tmp_path / "engine.log")],
         env=os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
         capture_output=True,
         text=True,
@@ -68,13 +82,14 @@ def test_the_engine_has_a_loopback_and_nothing_else(tmp_path: Path) -> None:
     assert engine.pid
     assert network_of(engine.pid) != network_of(os.getpid())
     assert interfaces_of(engine.pid) == ["lo"]
+    assert has_loopback_up(engine.pid)
     engine.close()
 
 
 def test_also_where_the_worker_is_not_root(tmp_path: Path) -> None:
     """Needs a user namespace then, in which it is nobody else, and has no power over anything."""
     said = run_within(tmp_path, "unshare", "--user", "--map-user=1000", "--map-group=1000")
-    assert "own network: True\ninterfaces: lo\n" in said
+    assert "own network: True\ninterfaces: lo True\n" in said
     assert "Uid: 1000 1000 1000 1000\n" in said
     assert "CapEff: 0000000000000000\n" in said
 
@@ -85,6 +100,13 @@ def test_where_the_kernel_refuses_it_warns_and_runs(tmp_path: Path) -> None:
     said = run_within(tmp_path, "unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh")
     assert "own network: False\n" in said
     assert "The engine has no network of its own (No space left on device)" in said
+
+
+def test_a_refusal_halfway_changes_nothing(tmp_path: Path) -> None:
+    """There would be no way back."""
+    prefix = ("unshare", "--user", "--map-root-user")
+    said = run_within(tmp_path, *prefix, script=REFUSED_HALFWAY)
+    assert said == "refused: Operation not permitted\nas before: True\n"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,11 @@ def interfaces_of(pid: int) -> list[str]:
     return [line.partition(":")[0].strip() for line in lines]
 
 
+def has_loopback_up(pid: int) -> bool:
+    """Whether a process reaches itself at 127.0.0.1: only then there is a route."""
+    return "127.0.0.1" in Path(f"/proc/{pid}/net/fib_trie").read_text()
+
+
 def sockets_of(pid: int) -> set[str]:
     """The inodes of a process's sockets, of whatever family."""
     found = set()
