@@ -54,9 +54,13 @@ class Reading(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
-    """The engine can't go on; the process ends after this."""
+    """The engine can't go on; the process ends after this.
+
+    `exit_code`: of the process in which it ran, where that was another, negative for a signal.
+    """
 
     message: str
+    exit_code: int | None = None
 
 
 ToEngine: TypeAlias = Load | Submit | Cancel

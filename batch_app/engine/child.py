@@ -8,7 +8,6 @@ machine's.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -34,6 +33,7 @@ from batch_app.engine.channel import (
     to_engine_decoder,
 )
 from batch_app.engine.isolation import ON_LOOPBACK, isolate_network
+from batch_app.engine.lifeline import die_with_parent
 from batch_app.errors import BatchAppError, EngineError, EngineLoadError
 
 #: Where each engine of the registry lives. Imported by name: no engine loads another's libraries.
@@ -43,7 +43,6 @@ ENGINES = {
 }
 COLLECT_S = 0.05
 STATS_EVERY_S = 0.5
-_PR_SET_PDEATHSIG = 1
 
 
 def make_engine(spec: ModelSpec) -> Engine:
@@ -85,7 +84,7 @@ def serve(channel: Channel, not_isolated: str = "") -> int:
     try:
         _work(engine, inbox, channel)
     except EngineError as error:
-        channel.send(Fatal(error.message))
+        channel.send(Fatal(error.message, getattr(error, "exit_code", None)))
         return 1
     finally:
         engine.close()
@@ -126,12 +125,6 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
             next_stats = now + STATS_EVERY_S
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its worker dies: a second line behind `_listen`."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _isolate() -> str:
     """Leave the machine's network. Returns why that was not possible, if it wasn't."""
     try:
@@ -145,7 +138,8 @@ def _isolate() -> str:
 def main() -> int:
     descriptor, network = int(sys.argv[1]), sys.argv[2]
     not_isolated = _isolate() if network == "isolated" else ""
-    _die_with_parent()  # after that: new credentials end such a wish
+    # A second line behind `_listen`. After the isolation: new credentials end such a wish.
+    die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -153,7 +147,7 @@ def main() -> int:
     try:
         return serve(channel, not_isolated)
     except BatchAppError as error:
-        channel.send(Fatal(error.message))
+        channel.send(Fatal(error.message, getattr(error, "exit_code", None)))
         return 1
 
 

@@ -250,9 +250,11 @@ class EngineHost(Engine):
         if message is None:
             raise self._died()
         if isinstance(message, Fatal):
+            kind: type[EngineDied] = EngineDied
+            if says_out_of_memory(message.message) or self._ran_out_of_memory(message.exit_code):
+                kind = EngineOutOfMemory
             self.close()
-            kind = EngineOutOfMemory if says_out_of_memory(message.message) else EngineDied
-            raise kind(f"The engine failed: {message.message}")
+            raise kind(f"The engine failed: {message.message}", exit_code=message.exit_code)
         if isinstance(message, Reading):
             if _has_progressed(self._stats, message.stats):
                 self._last_progress = time.monotonic()
@@ -304,8 +306,8 @@ class EngineHost(Engine):
     def _dump_stacks(self) -> None:
         """Have the engine write what its threads are doing to its log."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGUSR1)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGUSR1)  # its core too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=_DUMP_GRACE_S)
 

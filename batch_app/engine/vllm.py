@@ -1,9 +1,9 @@
-"""The real engine: vLLM in this process, answering as `vllm serve` would.
+"""The real engine: vLLM, answering as `vllm serve` would.
 
 Requests wait in a queue as bytes. A bounded number of them is being rendered (validated, templated,
 tokenised) by vLLM's own serving code in an event loop; rendered ones wait or run in the engine,
-which is stepped by a thread of its own; finished ones become `Outcome`s. `vllm_client` joins loop
-and engine, `vllm_serving` is vLLM's OpenAI application.
+which is stepped by a process of its own (`vllm_core`); finished ones become `Outcome`s.
+`vllm_client` joins the two, `vllm_serving` is vLLM's OpenAI application.
 
 vllm is imported by `load`, not before.
 """
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import platform
+import random
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from batch_app.core import EngineLimits, LimitsTried
+from batch_app.core import Endpoint, EngineLimits, LimitsTried
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -36,7 +36,7 @@ from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_lim
 from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 if TYPE_CHECKING:
-    from batch_app.engine.vllm_client import InProcessClient, RequestRecord
+    from batch_app.engine.vllm_client import CoreClient, RequestRecord
     from batch_app.engine.vllm_serving import OpenAIApp
 
 #: Requests being rendered at a time. vLLM gives each chat template 30 s including its wait for a
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
 MAX_RENDERING = 128
 
 _ENVIRONMENT = {
-    # The engine in this process: this is a process of its own already, and it loads in a third of
-    # the time. A deployment may choose otherwise.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -57,6 +54,10 @@ _ENVIRONMENT = {
     # GiB. vLLM's own default takes half of a machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
+
+
+#: Where vLLM names a request itself unless its body does.
+_NAMED = (Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value)
 
 
 class _Details(msgspec.Struct):
@@ -88,7 +89,7 @@ class VllmEngine(Engine):
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._client: InProcessClient | None = None
+        self._client: CoreClient | None = None
         self._app: OpenAIApp | None = None
         self._queue: deque[EngineRequest] = deque()
         self._tasks: dict[int, tuple[asyncio.Task[None], RequestRecord]] = {}
@@ -103,6 +104,8 @@ class VllmEngine(Engine):
         started = time.monotonic()
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # The core is a process of its own already; vLLM's would be one more, started slowly.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         _check_source(self.spec.source)
         try:
             return self._load(started)
@@ -111,16 +114,16 @@ class VllmEngine(Engine):
             raise
         except (Exception, SystemExit) as error:
             self.close()
-            raise _load_error(self.spec, error, self._started_with) from error
+            raise self._explain(error) from error
 
     def _load(self, started: float) -> EngineInfo:
         from vllm import __version__ as vllm_version
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.llm_engine import LLMEngine
 
-        from batch_app.engine.vllm_client import InProcessClient
+        from batch_app.engine.vllm_client import CoreClient
+        from batch_app.engine.vllm_core import start_core
         from batch_app.engine.vllm_serving import ArgumentError, OpenAIApp, serve_args
 
         arguments = dict(self.spec.engine_args)
@@ -151,22 +154,22 @@ class VllmEngine(Engine):
                 # As defaults, so that vLLM fits them to the model's length.
                 return {UsageContext.LLM_CLASS: tokens}, {UsageContext.LLM_CLASS: seqs}
 
-            def create_engine_config(inner, *args: Any, **options: Any) -> Any:  # noqa: N805
-                config = super().create_engine_config(*args, **options)
-                self._started_with = LimitsTried(_limits(config, on_cpu), device, str(vllm_version))
-                return config
-
         # LLM_CLASS: the defaults of offline inference, larger than a server's.
-        engine = LLMEngine.from_engine_args(
-            TableArgs.from_cli_args(args), usage_context=UsageContext.LLM_CLASS
-        )
+        context = UsageContext.LLM_CLASS
+        config = TableArgs.from_cli_args(args).create_engine_config(context)
+        self._started_with = LimitsTried(_limits(config, on_cpu), device, str(vllm_version))
+        # The application asks nothing of the memory that holds what it is sent: leave the images
+        # to the process that prepares them.
+        config.parallel_config._api_process_count = 2
+        pid, line = start_core(config, context, self._explain)
+        # From here on the model loads, and this process gets ready beside it.
+        self._client = CoreClient(config, pid, line)
+        OpenAIApp.prepare()
         self._loop = asyncio.new_event_loop()
-        self._client = InProcessClient(engine, self._loop)
+        self._client.wait_loaded(self._loop)
         self._client.on_failure = self._wakeup.set
         self._app = self._loop.run_until_complete(OpenAIApp.create(self._client, args))
-        self._client.start()
 
-        config = engine.vllm_config
         blocks = config.cache_config.num_gpu_blocks
         limits = _limits(config, on_cpu)
         return EngineInfo(
@@ -211,10 +214,8 @@ class VllmEngine(Engine):
             raise EngineDied("the engine isn't loaded")
         if self._client.failure is None and (self._queue or self._tasks):
             self._loop.run_until_complete(self._work(timeout_s))
-        self._client.check_core()
-        failure = self._client.failure
-        if failure is not None and not self._done:
-            raise EngineDied(f"the engine failed: {type(failure).__name__}: {failure}"[:500])
+        if self._client.failure is not None and not self._done:
+            raise self._client.failure
         done, self._done = self._done, []
         return done
 
@@ -286,8 +287,14 @@ class VllmEngine(Engine):
         if not isinstance(fields, dict):
             return await self._app.refusal(request.endpoint, request.body)
         fields["model"] = self.spec.name
+        names_it = request.endpoint in _NAMED and "request_id" not in fields
+        if names_it:
+            # vLLM would ask the system for random bytes, once a request.
+            fields["request_id"] = f"{random.getrandbits(64):016x}"
         parsed = self._app.parse(request.endpoint, fields)
         if parsed is None:
+            if names_it:
+                del fields["request_id"]  # vLLM tells how many fields a refused body has
             return await self._app.refusal(request.endpoint, msgspec.json.encode(fields))
         for name in ("stream", "background"):
             if getattr(parsed, name, False):
@@ -298,7 +305,7 @@ class VllmEngine(Engine):
     def stats(self) -> EngineStats:
         if self._client is None:
             return EngineStats()
-        return self._client.readings.snapshot(
+        return self._client.stats(
             not_in_engine=len(self._queue) + len(self._rendering),
             idle=not self._queue and not self._tasks,
         )
@@ -313,12 +320,8 @@ class VllmEngine(Engine):
         self._done.clear()
         tasks, self._tasks = [task for task, _ in self._tasks.values()], {}
         if client is not None:
-            with contextlib.suppress(Exception):
-                client.shutdown(timeout=30 if client.failure is None else 1)
-            with contextlib.suppress(Exception):
-                client.engine.renderer.shutdown()
-            with contextlib.suppress(Exception):
-                client.engine.engine_core.shutdown()
+            with contextlib.suppress(OSError):
+                client.shutdown()
         if loop is not None:
             with contextlib.suppress(Exception):
                 for task in tasks:
@@ -328,8 +331,9 @@ class VllmEngine(Engine):
                 loop.run_until_complete(loop.shutdown_asyncgens())
             with contextlib.suppress(Exception):
                 loop.close()
-        del client
-        gc.collect()
+
+    def _explain(self, error: BaseException) -> EngineLoadError:
+        return _load_error(self.spec, error, self._started_with)
 
 
 def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:

@@ -1,31 +1,48 @@
-"""An `EngineClient` over `LLMEngine`: what vLLM's serving objects talk to, in this process.
+"""An `EngineClient` over the engine core: what vLLM's serving objects talk to.
 
-vLLM's own client (`AsyncLLM`) puts the engine into another process and every request and token
-through a socket. This one steps the engine in a thread of its own (`run`) and hands each finished
-output to the request that awaits it in the event loop. Only that thread touches the engine; the
-loop leaves additions and aborts in an inbox that is emptied between two steps.
+Requests are prepared here, in the event loop, and go to the core process (`vllm_core`) in one frame
+a turn of the loop; each finished output comes back to the request that awaits it.
 
-A thread, rather than stepping between two turns of the loop: templates and tokenisers run in a pool
-and come back one turn at a time, so steps would run half empty. Measured on a busy 2-core CPU, tiny
-model, 1,500 requests of 62 prompt and 32 output tokens, medians in alternation: 90 requests/s
-(11 ms of CPU each) with the thread, 22 (44 ms) with steps in the loop, 25 with 20 turns a step.
+Two processes, because Python runs one thread at a time: while one is shaping an answer, no other
+can schedule the next step, however many cores are idle. `docs/performance.md` has the figures.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-import threading
+import os
+import signal
+import socket
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextvars import ContextVar
 from typing import Any
 
+import msgspec
 from vllm.engine.protocol import EngineClient
-from vllm.v1.engine import EngineCoreRequest
+from vllm.renderers import renderer_from_config
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
 
 from batch_app.engine.base import EngineStats
+from batch_app.engine.vllm_core import (
+    Abort,
+    Add,
+    CoreFailed,
+    CoreLoaded,
+    CoreLoadFailed,
+    Stepped,
+    ToCore,
+    framed,
+    unframed,
+)
+from batch_app.errors import EngineDied, EngineError, EngineLoadError
+
+_RECEIVE_BYTES = 1 << 20
+_END_S = 5.0
 
 
 class RequestRecord:
@@ -64,79 +81,137 @@ class _Waiter:
             self.wake.set_result(None)
 
 
-class StatsReading:
-    """Stands in for vLLM's stat loggers: keeps the latest reading and the sums, nothing else.
-
-    vLLM's own would update a few dozen Prometheus metrics at every step.
-    """
-
-    def __init__(self) -> None:
-        self.num_running = 0
-        self.num_waiting = 0
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
-        self.preemptions = 0
-        self.kv_cache_usage = 0.0
-
-    def record(self, scheduler_stats: Any = None, iteration_stats: Any = None, **_: Any) -> None:
-        if scheduler_stats is not None:
-            self.num_running = scheduler_stats.num_running_reqs
-            self.num_waiting = scheduler_stats.num_waiting_reqs + getattr(
-                scheduler_stats, "num_skipped_waiting_reqs", 0
-            )
-            self.kv_cache_usage = scheduler_stats.kv_cache_usage
-            prefix = scheduler_stats.prefix_cache_stats
-            if prefix is not None:
-                self.prefix_queries += prefix.queries
-                self.prefix_hits += prefix.hits
-        if iteration_stats is not None:
-            self.prompt_tokens += iteration_stats.num_prompt_tokens
-            self.generation_tokens += iteration_stats.num_generation_tokens
-            self.preemptions += iteration_stats.num_preempted_reqs
-
-    def log(self, *_: Any, **__: Any) -> None:
-        """vLLM's cue to print a line. We print none."""
-
-    def record_sleep_state(self, *_: Any, **__: Any) -> None:
-        """The engine never sleeps here."""
-
-    def snapshot(self, *, not_in_engine: int, idle: bool) -> EngineStats:
-        return EngineStats(
-            num_running=0 if idle else self.num_running,
-            num_waiting=0 if idle else self.num_waiting + not_in_engine,
-            prompt_tokens_total=self.prompt_tokens,
-            generation_tokens_total=self.generation_tokens,
-            prefix_cache_queries_total=self.prefix_queries,
-            prefix_cache_hits_total=self.prefix_hits,
-            preemptions_total=self.preemptions,
-            kv_cache_usage=0.0 if idle else self.kv_cache_usage,
-        )
-
-
-class InProcessClient(EngineClient):  # type: ignore[misc]
+class CoreClient(EngineClient):  # type: ignore[misc]
     """See the module. Made in the thread that runs `loop`, which stays the only one to use it."""
 
-    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine = engine
-        self.vllm_config = engine.vllm_config
-        self.model_config = engine.model_config
-        self.renderer = engine.renderer
-        self.input_processor = engine.input_processor
-        self.io_processor = getattr(engine, "io_processor", None)
-        self.readings = StatsReading()
-        engine.logger_manager = self.readings
+    def __init__(self, vllm_config: Any, pid: int, line: socket.socket) -> None:
+        """`pid` and `line` as `start_core` gave them."""
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor: Any = None
+        self.io_processor = None
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._loop = loop
+        self._pid: int | None = pid
+        self._socket = line
+        self._received = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._supported_tasks: tuple[Any, ...] = ()
+        self._stats = EngineStats()
         self._names = itertools.count()
         self._waiters: dict[str, _Waiter] = {}
-        self._inbox: deque[tuple[str, Any]] = deque()
-        self._aborts: deque[str] = deque()
-        self._work = threading.Event()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._unsent: list[ToCore] = []
+        self._closing = False
+
+    # -- from the start to the end ----------------------------------------------------------------
+
+    @property
+    def pid(self) -> int | None:
+        """Of the core process, until its end was seen."""
+        return self._pid
+
+    def wait_loaded(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wait until the model is loaded; then serve in `loop`.
+
+        Raises:
+            EngineLoadError: the core could not load the model.
+            EngineDied: the core process ended.
+        """
+        loaded = self._first_message()
+        if isinstance(loaded, CoreLoadFailed):
+            raise EngineLoadError(
+                loaded.message, retriable=loaded.retriable, too_large=loaded.too_large
+            )
+        assert isinstance(loaded, CoreLoaded)
+        # As the core found or fitted them.
+        self.vllm_config.cache_config.num_gpu_blocks = loaded.num_gpu_blocks
+        self.model_config.max_model_len = loaded.max_model_len
+        self._supported_tasks = loaded.supported_tasks
+        self.input_processor = InputProcessor(self.vllm_config, self.renderer)
+        self._loop = loop
+        self._transport, _ = loop.run_until_complete(
+            loop.connect_accepted_socket(lambda: _Protocol(self), self._socket)
+        )
+
+    def _first_message(self) -> Any:
+        while True:
+            for message in unframed(self._received):
+                return message
+            data = self._socket.recv(_RECEIVE_BYTES)
+            if not data:
+                raise self._ended()
+            self._received += data
+
+    def shutdown(self) -> None:
+        """End the core process. It may be in the middle of a step: it is given a little time."""
+        self._closing = True
+        if self._transport is None:
+            self._socket.close()
+        else:
+            assert self._loop is not None
+            self._transport.abort()
+            self._loop.run_until_complete(asyncio.sleep(0))  # it closes the socket at its next turn
+        with contextlib.suppress(Exception):
+            self.renderer.shutdown()
+        if self._pid is not None and self._reap(_END_S) is None:
+            os.kill(self._pid, signal.SIGKILL)
+            self._reap(_END_S)
+
+    def _reap(self, timeout_s: float) -> int | None:
+        """The core's exit code, negative for a signal; None while it lives."""
+        deadline = time.monotonic() + timeout_s
+        while self._pid is not None:
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else reaped it
+                pid, status = self._pid, 0
+            if pid:
+                self._pid = None
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
+        return None
+
+    def _ended(self) -> EngineDied:
+        exit_code = self._reap(_END_S)
+        how = f"exit code {exit_code}"
+        if exit_code is not None and exit_code < 0:
+            with contextlib.suppress(ValueError):
+                how = f"killed by {signal.Signals(-exit_code).name}"
+        return EngineDied(f"the engine core ended ({how})", exit_code=exit_code)
+
+    # -- what the core says -----------------------------------------------------------------------
+
+    def receive(self, message: Any) -> None:
+        if isinstance(message, Stepped):
+            self._stats = message.stats
+            for key, output in message.outputs:
+                waiter = self._waiters.get(key)
+                if waiter is not None:
+                    waiter.put(output)
+        elif isinstance(message, CoreFailed):
+            self.fail(EngineDied(f"the engine failed: {message.message}"))
+
+    def core_ended(self) -> None:
+        if not self._closing and self.failure is None:
+            self.fail(self._ended())
+
+    def fail(self, failure: EngineError) -> None:
+        self.failure = failure
+        self.on_failure()
+
+    def stats(self, *, not_in_engine: int, idle: bool) -> EngineStats:
+        """The core's latest reading, with what waits in front of it."""
+        now = self._stats
+        return msgspec.structs.replace(
+            now,
+            num_running=0 if idle else now.num_running,
+            num_waiting=0 if idle else now.num_waiting + not_in_engine,
+            kv_cache_usage=0.0 if idle else now.kv_cache_usage,
+        )
 
     # -- what serving objects call, in the event loop ---------------------------------------------
 
@@ -155,12 +230,13 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
     ) -> AsyncGenerator[Any, None]:
         if self.failure is not None:
             raise EngineDeadError
+        assert self._loop is not None
         # A body may carry a request_id of its own, and two may carry the same: use our own names.
         key = str(next(self._names))
+        addition = self._addition(key, prompt, params, options)
         waiter = self._waiters[key] = _Waiter()
         record = current_record.get()
-        self._inbox.append((key, (prompt, params, options)))
-        self._work.set()
+        self._send(addition)
         if record is not None:
             record.keys.append(key)
             record.on_engine(record)
@@ -182,20 +258,48 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
             if not waiter.finished:
                 self.abort_keys((key,))
 
+    def _addition(self, key: str, prompt: Any, params: Any, options: dict[str, Any]) -> Add:
+        """As vLLM's own client prepares it. Raises what vLLM raises of a request it refuses."""
+        reasoning = {
+            name: value
+            for name in ("reasoning_ended", "reasoning_parser_kwargs")
+            if (value := options.pop(name, None)) is not None
+        }
+        options.pop("data_parallel_rank", None)
+        options = {name: value for name, value in options.items() if value is not None}
+        prompt_text = options.pop("prompt_text", None) or _text_of(prompt)
+        request = self.input_processor.process_inputs(
+            key, prompt, params, supported_tasks=self._supported_tasks, **options
+        )
+        for name, value in reasoning.items():
+            setattr(request, name, value)
+        return Add(key, request, prompt_text)
+
     def abort_keys(self, keys: Collection[str]) -> None:
         """Stop these in the engine, at the next step, all in one call."""
-        self._aborts.extend(keys)
-        self._work.set()
+        self._send(Abort(list(keys)))
+
+    def _send(self, message: ToCore) -> None:
+        assert self._loop is not None
+        if not self._unsent:
+            self._loop.call_soon(self.flush)
+        self._unsent.append(message)
+
+    def flush(self) -> None:
+        """Send what has gathered; by itself at the next turn of the loop."""
+        unsent, self._unsent = self._unsent, []
+        if unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(framed(unsent))
 
     async def abort(self, request_id: str | Iterable[str], **_: Any) -> None:
         """vLLM's names of requests mean nothing here; handlers are cancelled instead."""
 
     async def get_supported_tasks(self) -> tuple[Any, ...]:
-        return tuple(self.engine.get_supported_tasks())
+        return self._supported_tasks
 
     @property
     def is_running(self) -> bool:
-        return self.failure is None and not self._stopping
+        return self.failure is None and not self._closing
 
     @property
     def is_stopped(self) -> bool:
@@ -209,15 +313,6 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
     def dead_error(self) -> BaseException:
         error: BaseException = EngineDeadError()
         return error
-
-    def check_core(self) -> None:
-        """Notice a core process (there is one when vLLM's multiprocessing is on) that was killed.
-
-        vLLM notes its death but leaves a step that waits for it waiting.
-        """
-        resources = getattr(self.engine.engine_core, "resources", None)
-        if self.failure is None and getattr(resources, "engine_dead", False):
-            self.failure = self.dead_error
 
     async def check_health(self) -> None:
         if self.errored:
@@ -235,86 +330,19 @@ class InProcessClient(EngineClient):  # type: ignore[misc]
     async def is_paused(self) -> bool:
         return False
 
-    # -- the engine's thread ----------------------------------------------------------------------
 
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self.run, name="engine-steps", daemon=True)
-        self._thread.start()
+class _Protocol(asyncio.Protocol):
+    def __init__(self, client: CoreClient) -> None:
+        self._client = client
+        self._received = bytearray()
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Stop stepping. Waits for the step that is running, at most `timeout` seconds."""
-        self._stopping = True
-        self._work.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        for message in unframed(self._received):
+            self._client.receive(message)
 
-    def run(self) -> None:
-        """Step the engine until `shutdown`, or until it fails."""
-        try:
-            while not self._stopping:
-                if not self._inbox and not self._aborts and not self._busy():
-                    self._work.wait()
-                    self._work.clear()
-                    continue
-                outputs = self.step()
-                if outputs:
-                    self._loop.call_soon_threadsafe(self.dispatch, outputs)
-        except BaseException as error:  # noqa: BLE001 - whatever it was, the engine can't go on
-            self.failure = error
-            if not self._stopping:
-                self._loop.call_soon_threadsafe(self.on_failure)
-
-    def _busy(self) -> bool:
-        return bool(self.engine.has_unfinished_requests())
-
-    def step(self) -> list[tuple[str, Any]]:
-        """Empty the inbox, run one step; the outputs (or exceptions) by key."""
-        results: list[tuple[str, Any]] = []
-        while self._inbox:
-            key, addition = self._inbox.popleft()
-            try:
-                self._add(key, *addition)
-            except EngineDeadError:
-                raise
-            except Exception as error:  # noqa: BLE001 - this request's own: it gets the exception
-                self.engine.abort_request([key])
-                results.append((key, error))
-        if self._aborts:
-            # After the additions: a request may be cancelled before it was ever added.
-            keys = [self._aborts.popleft() for _ in range(len(self._aborts))]
-            self.engine.abort_request(keys)
-        if self._busy():
-            results += [(output.request_id, output) for output in self.engine.step()]
-        return results
-
-    def _add(self, key: str, prompt: Any, params: Any, options: dict[str, Any]) -> None:
-        reasoning = {
-            name: value
-            for name in ("reasoning_ended", "reasoning_parser_kwargs")
-            if (value := options.pop(name, None)) is not None
-        }
-        options.pop("data_parallel_rank", None)
-        options = {name: value for name, value in options.items() if value is not None}
-        if reasoning:
-            # `LLMEngine.add_request` has no parameters for these: make the core's request first.
-            prompt_text = options.pop("prompt_text", None) or _text_of(prompt)
-            prompt = self.input_processor.process_inputs(
-                key, prompt, params, supported_tasks=self.engine.get_supported_tasks(), **options
-            )
-            for name, value in reasoning.items():
-                setattr(prompt, name, value)
-            assert isinstance(prompt, EngineCoreRequest)
-            self.engine.add_request(key, prompt, prompt.params, prompt_text=prompt_text)
-        else:
-            self.engine.add_request(key, prompt, params, **options)
-
-    # -- back in the event loop -------------------------------------------------------------------
-
-    def dispatch(self, outputs: list[tuple[str, Any]]) -> None:
-        for key, output in outputs:
-            waiter = self._waiters.get(key)
-            if waiter is not None:
-                waiter.put(output)
+    def connection_lost(self, _: Exception | None) -> None:
+        self._client.core_ended()
 
 
 def _text_of(prompt: Any) -> str | None:
@@ -323,4 +351,4 @@ def _text_of(prompt: Any) -> str | None:
 
 # vLLM adds abstract methods to EngineClient at almost every release (pausing, weight updates); none
 # of them is reached from the serving objects used here, so their absence must not stop us.
-InProcessClient.__abstractmethods__ = frozenset()
+CoreClient.__abstractmethods__ = frozenset()

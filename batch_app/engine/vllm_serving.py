@@ -170,6 +170,12 @@ class OpenAIApp:
         self._routes = routes
         self._stack: Any = None
 
+    @staticmethod
+    def prepare() -> None:
+        """Import what `create` needs; that takes a second or two."""
+        _locate("build_app")
+        _locate("init_app_state")
+
     @classmethod
     async def create(cls, client: Any, args: Namespace) -> OpenAIApp:
         """Build the application, its serving objects included (loads the chat template)."""

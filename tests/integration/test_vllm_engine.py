@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ import pytest
 
 from batch_app.core import Endpoint
 from batch_app.engine.base import Engine, EngineRequest, Outcome
-from batch_app.engine.host import engine_environment
+from batch_app.engine.host import EngineHost, engine_environment
 from batch_app.engine.vllm import VllmEngine
+from batch_app.engine.vllm_core import CoreFailed, CoreLoadFailed, start_core, unframed
 from batch_app.errors import EngineDied, EngineLoadError
 from contract.engine_conformance import (
     CHAT,
@@ -226,7 +228,7 @@ def test_cancelling_frees_the_engine(vllm_engine: VllmEngine) -> None:
     client = vllm_engine._client
     assert client is not None
     deadline = time.monotonic() + 10
-    while client.engine.has_unfinished_requests():
+    while client.stats(not_in_engine=0, idle=False).num_running:
         assert time.monotonic() < deadline
         vllm_engine.collect(0.02)
 
@@ -365,24 +367,50 @@ def _fields(spec: Any) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in spec.__struct_fields__}
 
 
-def test_an_engine_that_fails_is_dead(
-    vllm_engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_that_fails_is_dead(vllm_engine: VllmEngine) -> None:
     client = vllm_engine._client
     assert client is not None
-
-    def step() -> list[Any]:
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(client.engine, "step", step)
-        vllm_engine.submit([chat(0)])
-        with pytest.raises(EngineDied, match="the device is gone"):
-            vllm_engine.collect(10.0)
-        with pytest.raises(EngineDied):
-            vllm_engine.collect(0)
+    vllm_engine.submit([chat(0, max_tokens=500, ignore_eos=True)])
+    vllm_engine.collect(0.1)
+    client.receive(CoreFailed("RuntimeError: the device is gone"))
+    with pytest.raises(EngineDied, match="RuntimeError: the device is gone"):
+        vllm_engine.collect(10.0)
+    with pytest.raises(EngineDied):
+        vllm_engine.collect(0)
     # Nothing was wrong with the real one: make it fit for other tests again.
     vllm_engine.cancel([0])
     client.failure = None
-    client.start()
     run(vllm_engine, chat(1))
+
+
+def test_a_core_that_cannot_load_says_so_and_ends() -> None:
+    asked: list[BaseException] = []
+
+    def explain(error: BaseException) -> EngineLoadError:
+        asked.append(error)
+        return EngineLoadError(f"in words: {type(error).__name__}")
+
+    pid, line = start_core(None, None, explain)
+    with line, line.makefile("rb") as received:
+        (message,) = unframed(bytearray(received.read()))
+    assert message == CoreLoadFailed("in words: AttributeError", False, None)
+    assert not asked  # there, not here
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
+    """Its stacks are in the log when asked for; its violent death is told as what it was."""
+    engine = EngineHost(demo_spec(), log_path=tmp_path / "engine.log")
+    engine.load()
+    (core,) = psutil.Process(engine.pid).children()
+    engine.submit([chat(0, max_tokens=1900, ignore_eos=True)])
+    engine.collect(0.5)
+    engine._dump_stacks()
+    stacks = (tmp_path / "engine.log").read_text()
+    assert "vllm_core.py" in stacks  # the core's, stepping
+    assert "selectors.py" in stacks or "child.py" in stacks  # its parent's, waiting
+    core.kill()
+    with pytest.raises(EngineDied, match="killed by SIGKILL") as caught:
+        engine.collect(20.0)
+    assert caught.value.exit_code == -signal.SIGKILL
+    engine.close()

@@ -1,0 +1,361 @@
+"""vLLM's engine in a process of its own, forked from the one that prepares requests.
+
+The parent templates and tokenises requests and shapes answers (`vllm_client`); this process does
+nothing but step the engine. vLLM has such a split of its own, which sends every token of every
+step through the socket and starts its process anew. Here tokens become text where they are made,
+so that only what is finished crosses, and the fork costs no second import: the parent prepares its
+tokeniser and its application while the model loads.
+
+What crosses is pickled: the two are one program, and the worker trusts neither (`channel`).
+
+Forked, so nothing may have touched the GPU before `start_core`; vLLM keeps to that itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+from batch_app.core import LimitsTried
+from batch_app.engine.base import EngineStats
+from batch_app.engine.lifeline import die_with_parent
+from batch_app.errors import EngineLoadError
+
+STATS_EVERY_S = 0.25
+_LENGTH = struct.Struct("<Q")
+_RECEIVE_BYTES = 1 << 20
+
+
+class Add(NamedTuple):
+    """Into the engine with this `EngineCoreRequest`; `key` is its `request_id`."""
+
+    key: str
+    request: Any
+    prompt_text: str | None
+
+
+class Abort(NamedTuple):
+    keys: list[str]
+
+
+class CoreLoaded(NamedTuple):
+    supported_tasks: tuple[Any, ...]
+    num_gpu_blocks: int | None
+    max_model_len: int
+
+
+class CoreLoadFailed(NamedTuple):
+    message: str
+    retriable: bool
+    too_large: LimitsTried | None
+
+
+class Stepped(NamedTuple):
+    """What became final: outputs of vLLM's by key, or the exception that a request met."""
+
+    outputs: list[tuple[str, Any]]
+    stats: EngineStats
+
+
+class CoreFailed(NamedTuple):
+    message: str
+
+
+ToCore: TypeAlias = Add | Abort
+FromCore: TypeAlias = CoreLoaded | CoreLoadFailed | Stepped | CoreFailed
+
+
+def framed(message: ToCore | FromCore | list[ToCore]) -> bytes:
+    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+    return _LENGTH.pack(len(data)) + data
+
+
+def unframed(received: bytearray) -> Iterator[Any]:
+    """The whole messages at the start of `received`, which are taken from it."""
+    while len(received) >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(received)
+        end = _LENGTH.size + length
+        if len(received) < end:
+            return
+        message = pickle.loads(memoryview(received)[_LENGTH.size : end])  # noqa: S301 - our own
+        del received[:end]
+        yield message
+
+
+def start_core(
+    vllm_config: Any, usage_context: Any, explain: Callable[[BaseException], EngineLoadError]
+) -> tuple[int, socket.socket]:
+    """Fork the core; its process id and our end of the line to it.
+
+    It loads the model and sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`. It
+    ends when the line does, or when the thread that called this ends.
+    """
+    ours, theirs = socket.socketpair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return pid, ours
+    exit_code = 1
+    try:
+        ours.close()
+        die_with_parent()
+        exit_code = _serve(vllm_config, usage_context, _Line(theirs), explain)
+    except BaseException:  # noqa: BLE001 - this process must never run on into the parent's code
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(exit_code)
+
+
+def _serve(
+    vllm_config: Any,
+    usage_context: Any,
+    line: _Line,
+    explain: Callable[[BaseException], EngineLoadError],
+) -> int:
+    with contextlib.suppress(ValueError):  # not where a test forks from another thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        core = _Core(vllm_config, usage_context, line)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - put into words by `explain`
+        traceback.print_exc()
+        failed = explain(error)
+        line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.too_large)))
+        line.flush()
+        return 1
+    line.put(framed(core.loaded()))
+    try:
+        core.run()
+    except Exception as error:  # noqa: BLE001 - whatever it was, the engine can't go on
+        traceback.print_exc()
+        line.put(framed(CoreFailed(f"{type(error).__name__}: {error}"[:500])))
+        line.flush()
+        return 1
+    return 0
+
+
+class _Core:
+    """The engine and what is counted of it."""
+
+    def __init__(self, vllm_config: Any, usage_context: Any, line: _Line) -> None:
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.line = line
+        self.readings = StatsReading()
+        self._prompt_tokens: dict[str, int] = {}  # of requests without an output so far
+        engine = LLMEngine.from_vllm_config(
+            vllm_config, usage_context=usage_context, disable_log_stats=False
+        )
+        self.engine = engine
+        self.vllm_config = vllm_config
+        # The scheduler's readings come at each step. Those of vLLM's front end would take a few
+        # calls for each token; the few sums that we want of them are made in `_get_output`.
+        engine.logger_manager = self.readings
+        engine.log_stats = engine.output_processor.log_stats = False
+        # Keys are unique already: no random suffix, whose system call gives the lock away.
+        engine.input_processor.assign_request_id = _keep_request_id
+        self._vllms_get_output = engine.engine_core.get_output
+        engine.engine_core.get_output = self._get_output
+
+    def loaded(self) -> CoreLoaded:
+        return CoreLoaded(
+            tuple(self.engine.get_supported_tasks()),
+            self.vllm_config.cache_config.num_gpu_blocks,
+            self.vllm_config.model_config.max_model_len,
+        )
+
+    def run(self) -> None:
+        """Step until the line ends. Raises whatever the engine raises."""
+        next_stats = 0.0
+        busy = False
+        while True:
+            messages = self.line.exchange(wait=not busy)
+            if messages is None:
+                return
+            outputs = self._take(messages)
+            if self.engine.has_unfinished_requests():
+                outputs += [(output.request_id, output) for output in self.engine.step()]
+            was_busy, busy = busy, self.engine.has_unfinished_requests()
+            if not busy:
+                self.readings.rest()
+            now = time.monotonic()
+            if outputs or was_busy > busy or now >= next_stats:
+                self.line.put(_framed_step(outputs, self.readings.snapshot()))
+                next_stats = now + STATS_EVERY_S
+
+    def _take(self, messages: list[ToCore]) -> list[tuple[str, Any]]:
+        """Do as told; the exceptions of the requests that the engine would not have."""
+        refused: list[tuple[str, Any]] = []
+        aborted: list[str] = []
+        for message in messages:
+            if isinstance(message, Abort):
+                # After the additions: a request may be aborted before it was ever added.
+                aborted += message.keys
+                continue
+            try:
+                self._add(message)
+            except Exception as error:  # noqa: BLE001 - this request's own: it gets the exception
+                aborted.append(message.key)
+                refused.append((message.key, error))
+        if aborted:
+            for key in aborted:
+                self._prompt_tokens.pop(key, None)
+            self.engine.abort_request(aborted)
+        return refused
+
+    def _add(self, addition: Add) -> None:
+        request = addition.request
+        self._prompt_tokens[addition.key] = len(request.prompt_token_ids or ())
+        self.engine.add_request(
+            addition.key, request, request.params, prompt_text=addition.prompt_text
+        )
+
+    def _get_output(self) -> Any:
+        outputs = self._vllms_get_output()
+        readings = self.readings
+        waiting = self._prompt_tokens
+        for output in outputs.outputs:
+            readings.generation_tokens += len(output.new_token_ids)
+            if waiting:
+                # One of several choices is named `<index>_<key>`.
+                key = output.request_id.rpartition("_")[2]
+                readings.prompt_tokens += waiting.pop(key, 0)
+            for event in output.events or ():
+                readings.preemptions += event.type.name == "PREEMPTED"
+        return outputs
+
+
+def _keep_request_id(request: Any) -> None:
+    request.external_req_id = request.request_id
+
+
+def _framed_step(outputs: list[tuple[str, Any]], stats: EngineStats) -> bytes:
+    try:
+        frame = framed(Stepped(outputs, stats))
+        if any(isinstance(output, Exception) for _, output in outputs):
+            pickle.loads(frame[_LENGTH.size :])  # noqa: S301 - our own: some don't come back
+        return frame
+    except Exception:  # noqa: BLE001 - exceptions have constructors of any kind
+        plain = [
+            (key, RuntimeError(str(output)) if isinstance(output, Exception) else output)
+            for key, output in outputs
+        ]
+        return framed(Stepped(plain, stats))
+
+
+class StatsReading:
+    """Stands in for vLLM's stat loggers: keeps the latest reading and the sums, nothing else.
+
+    vLLM's own would update a few dozen Prometheus metrics at every step.
+    """
+
+    def __init__(self) -> None:
+        self.num_running = 0
+        self.num_waiting = 0
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+        self.preemptions = 0
+        self.kv_cache_usage = 0.0
+
+    def record(self, scheduler_stats: Any = None, **_: Any) -> None:
+        if scheduler_stats is not None:
+            self.num_running = scheduler_stats.num_running_reqs
+            self.num_waiting = scheduler_stats.num_waiting_reqs + getattr(
+                scheduler_stats, "num_skipped_waiting_reqs", 0
+            )
+            self.kv_cache_usage = scheduler_stats.kv_cache_usage
+            prefix = scheduler_stats.prefix_cache_stats
+            if prefix is not None:
+                self.prefix_queries += prefix.queries
+                self.prefix_hits += prefix.hits
+
+    def log(self, *_: Any, **__: Any) -> None:
+        """vLLM's cue to print a line. We print none."""
+
+    def record_sleep_state(self, *_: Any, **__: Any) -> None:
+        """The engine never sleeps here."""
+
+    def rest(self) -> None:
+        """Nothing is left to do: no step will say so."""
+        self.num_running = self.num_waiting = 0
+        self.kv_cache_usage = 0.0
+
+    def snapshot(self) -> EngineStats:
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            prompt_tokens_total=self.prompt_tokens,
+            generation_tokens_total=self.generation_tokens,
+            prefix_cache_queries_total=self.prefix_queries,
+            prefix_cache_hits_total=self.prefix_hits,
+            preemptions_total=self.preemptions,
+            kv_cache_usage=self.kv_cache_usage,
+        )
+
+
+class _Line:
+    """The core's end. Sending never waits for the other side to read, except in `flush`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._received = bytearray()
+        self._unsent = bytearray()
+
+    def put(self, data: bytes) -> None:
+        self._unsent += data
+        self._send()
+
+    def flush(self) -> None:
+        """Wait until all is sent, or nobody is there to read it."""
+        with contextlib.suppress(OSError):
+            while self._unsent:
+                select.select((), (self._socket,), ())
+                self._send()
+
+    def exchange(self, *, wait: bool) -> list[ToCore] | None:
+        """What has come, after at least one message if `wait`. None when the line has ended."""
+        messages: list[ToCore] = []
+        while True:
+            writing = (self._socket,) if self._unsent else ()
+            readable, writable, _ = select.select(
+                (self._socket,), writing, (), None if wait and not messages else 0
+            )
+            if writable:
+                self._send()
+            if not readable:
+                if wait and not messages:
+                    continue
+                return messages
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return None
+            if not data:
+                return None
+            self._received += data
+            for batch in unframed(self._received):
+                messages += batch
+
+    def _send(self) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
