@@ -290,7 +290,11 @@ def record_from_run(
             p95_completion_tokens=p95_completion_tokens,
             throughput_tokens_per_s=round(total_tokens * pace, 2),
             throughput_requests_per_s=round(num_requests * pace, 4),
-            cached_prompt_tokens=cached_prompt_tokens,
+            cached_prompt_tokens=(
+                recording.cached_tokens
+                if recording is not None and cached_prompt_tokens is None
+                else cached_prompt_tokens
+            ),
             **(_recorded(recording) if recording is not None else {}),
         ),
         hardware=BenchmarkHardware(

@@ -35,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredGroup:
-    """The answers to requests of one endpoint with about the same limit.
+    """The answers to requests of one endpoint with about the same limit and length of prompt.
 
     `output_quantiles` at `workload.LEVELS`. `num_cut`: answers that ended at the limit, so that
     their natural length is longer by an unknown amount.

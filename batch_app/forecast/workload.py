@@ -43,7 +43,8 @@ class RequestGroup:
     `prompt_tokens`, those that the prefix cache is expected to hold when they are needed, in the
     planned order. `prompt_error`: relative standard error of `prompt_tokens`, 0 where all requests
     were counted. `fixed_tokens`: True where the answer always takes all of `max_tokens`
-    (`ignore_eos`, or `min_tokens` as large).
+    (`ignore_eos`, or `min_tokens` as large). `prompt_known`: False where nothing was counted; then
+    what was measured stands in for `prompt_tokens` and `prompt_quantiles`.
     """
 
     num_requests: int
@@ -55,6 +56,7 @@ class RequestGroup:
     spared_tokens: float = 0.0
     prompt_error: float = 0.0
     fixed_tokens: bool = False
+    prompt_known: bool = True
 
     @property
     def mean_prompt_tokens(self) -> float:
