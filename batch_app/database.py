@@ -222,6 +222,7 @@ workers = Table(
     Column("state", String(32), nullable=False),
     Column("model", Text),
     Column("batch_id", String(64)),
+    Column("engine", JSON),
 )
 
 webhooks = Table(
@@ -273,6 +274,10 @@ model_loads = Table(
     Column("num_loads", BigInteger, nullable=False, default=0),
     Column("num_failed", BigInteger, nullable=False, default=0),
     Column("load_s", Float, nullable=False, default=0.0),
+    Column("num_lost", BigInteger, nullable=False, default=0),
+    Column("prefix_queries", BigInteger, nullable=False, default=0),
+    Column("prefix_hits", BigInteger, nullable=False, default=0),
+    Column("preemptions", BigInteger, nullable=False, default=0),
 )
 
 

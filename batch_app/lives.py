@@ -183,7 +183,7 @@ class Lives:
 
         Raises the error where there were too many, and what `check` raises while it waits.
         """
-        self._slot.unload()
+        self._slot.lost()
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > self._settings.max_engine_restarts + self._longest_search:
             raise EngineError(

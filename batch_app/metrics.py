@@ -6,8 +6,9 @@ survives restarts, is the same whichever API server is asked, and no other proce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector
@@ -22,7 +23,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from batch_app import __version__
-from batch_app.store import Totals, WorkerRow
+from batch_app.store import ModelLoads, Totals, WorkerRow
+from batch_app.webhooks import DeliveryState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "vllm_batch_"
@@ -39,6 +41,11 @@ class Reading:
     free_bytes: int
     heartbeat_s: float
     now: datetime
+    deliveries: Mapping[DeliveryState, int] = field(default_factory=dict)
+
+    def is_alive(self, worker: WorkerRow) -> bool:
+        silent = timedelta(seconds=MISSED_HEARTBEATS * self.heartbeat_s)
+        return self.now - worker.heartbeat_at <= silent
 
 
 def exposition(reading: Reading) -> bytes:
@@ -60,6 +67,8 @@ class _Collector(Collector):
         yield from self._queue()
         yield from self._work()
         yield from self._workers()
+        yield from self._engines()
+        yield from self._webhooks()
         totals = self._reading.totals
         yield _counter("uploads", "Input files accepted.", {(): totals.num_uploads})
         yield _counter("upload_bytes", "Bytes of input files accepted.", {(): totals.upload_bytes})
@@ -128,11 +137,15 @@ class _Collector(Collector):
             loads.add_metric([model], counted.num_loads, counted.load_s)
             failed[model,] = counted.num_failed
         yield loads
+        for name, text, of in _ENGINE_COUNTERS:
+            values: dict[tuple[str, ...], float] = {
+                (model,): of(counted) for model, counted in totals.loads.items()
+            }
+            yield _counter(name, text, values, ["model"])
         yield _counter("model_load_failures", "Model loads that failed.", failed, ["model"])
 
     def _workers(self) -> Iterator[Metric]:
         reading = self._reading
-        silent = timedelta(seconds=MISSED_HEARTBEATS * reading.heartbeat_s)
         alive = GaugeMetricFamily(
             f"{PREFIX}workers_alive",
             f"Workers seen within {MISSED_HEARTBEATS} heartbeats, by what they do.",
@@ -140,15 +153,16 @@ class _Collector(Collector):
         )
         numbers = {"idle": 0, "working": 0}
         loaded: dict[str, int] = {}
+        # Not by worker: each has a new id, and a label's values must not grow without end.
         beats = GaugeMetricFamily(
             f"{PREFIX}worker_heartbeat_age_seconds",
-            "Time since each worker's last sign of life.",
-            labels=["worker"],
+            "Time since the last sign of life of any worker; missing where there is none.",
         )
+        if reading.workers:
+            last = max(worker.heartbeat_at for worker in reading.workers)
+            beats.add_metric([], max((reading.now - last).total_seconds(), 0.0))
         for worker in reading.workers:
-            age = reading.now - worker.heartbeat_at
-            beats.add_metric([worker.id], max(age.total_seconds(), 0.0))
-            if age <= silent:
+            if reading.is_alive(worker):
                 numbers[worker.state] = numbers.get(worker.state, 0) + 1
                 if worker.model:
                     loaded[worker.model] = loaded.get(worker.model, 0) + 1
@@ -160,6 +174,75 @@ class _Collector(Collector):
         for model, number in loaded.items():
             models.add_metric([model], number)
         yield from (alive, beats, models)
+
+    def _engines(self) -> Iterator[Metric]:
+        figures: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+        for worker in self._reading.workers:
+            if worker.model and worker.engine and self._reading.is_alive(worker):
+                figures[worker.model].append(worker.engine)
+        requests = GaugeMetricFamily(
+            f"{PREFIX}engine_requests", "Requests in the engine.", labels=["model", "state"]
+        )
+        pace = GaugeMetricFamily(
+            f"{PREFIX}engine_tokens_per_second",
+            "Tokens that the engine computes, over the last heartbeat.",
+            labels=["model", "kind"],
+        )
+        usage = GaugeMetricFamily(
+            f"{PREFIX}engine_kv_cache_usage_ratio", "KV cache in use, 0 to 1.", labels=["model"]
+        )
+        silent = GaugeMetricFamily(
+            f"{PREFIX}engine_silent_seconds",
+            "Time without any token although requests are in flight; 0 with none.",
+            labels=["model"],
+        )
+        for model, engines in figures.items():
+
+            def total(name: str, engines: Sequence[Mapping[str, float]] = engines) -> float:
+                return sum(engine.get(name, 0.0) for engine in engines)
+
+            requests.add_metric([model, "running"], total("num_running"))
+            requests.add_metric([model, "waiting"], total("num_waiting"))
+            pace.add_metric([model, "prompt"], total("prompt_tokens_per_s"))
+            pace.add_metric([model, "completion"], total("generation_tokens_per_s"))
+            usage.add_metric([model], max(engine.get("kv_cache_usage", 0.0) for engine in engines))
+            silent.add_metric([model], max(engine.get("silent_s", 0.0) for engine in engines))
+        yield from (requests, pace, usage, silent)
+
+    def _webhooks(self) -> Iterator[Metric]:
+        deliveries = GaugeMetricFamily(
+            f"{PREFIX}webhook_deliveries",
+            "Deliveries to webhooks by state, settled ones until they are forgotten.",
+            labels=["state"],
+        )
+        for state in DeliveryState:
+            deliveries.add_metric([state.value], self._reading.deliveries.get(state, 0))
+        yield deliveries
+
+
+#: Name, help, and what of a model's counts.
+_ENGINE_COUNTERS: tuple[tuple[str, str, Callable[[ModelLoads], float]], ...] = (
+    (
+        "engine_restarts",
+        "Engines that died or hung at work and were started again.",
+        lambda counted: counted.num_lost,
+    ),
+    (
+        "prefix_cache_queries",
+        "Tokens of prompts that were looked up in the prefix cache.",
+        lambda counted: counted.prefix_queries,
+    ),
+    (
+        "prefix_cache_hits",
+        "Of these, tokens that were there and not computed again.",
+        lambda counted: counted.prefix_hits,
+    ),
+    (
+        "preemptions",
+        "Requests that the engine put back for want of room in its KV cache.",
+        lambda counted: counted.preemptions,
+    ),
+)
 
 
 def _counter(

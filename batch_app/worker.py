@@ -33,6 +33,7 @@ from batch_app.core import Batch, BatchStatus, Choice, Waiting
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
+from batch_app.engine.watch import EngineReading, EngineWatch
 from batch_app.errors import (
     BatchAppError,
     Conflict,
@@ -90,7 +91,9 @@ class Worker:
             stop.is_set,
             LoweredLimits(self._data.lowered_limits_file),
             self._count_load,
+            self._count_lost,
         )
+        self._watch = EngineWatch(self._slot)
         self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         self._prefetch = Prefetch()
         self._runner = Runner(
@@ -295,12 +298,18 @@ class Worker:
         except (StoreUnavailable, StorageFull) as error:
             logger.warning("Can't count a load of %s: %s", model, error.message)
 
+    def _count_lost(self, model: str) -> None:
+        try:
+            self._store.count_engine(model, num_lost=1)
+        except (StoreUnavailable, StorageFull) as error:
+            logger.warning("Can't count an engine of %s that ended: %s", model, error.message)
+
     # -- signs of life -------------------------------------------------------------------------
 
     def _beat(self) -> None:
         while True:
             try:
-                self._store.report_worker(self._row())
+                self._report()
             except (StoreUnavailable, StorageFull) as error:
                 logger.warning("Can't report to the store: %s", error.message)
             # What this can't show, a main thread that is stuck, the engine's own watch and
@@ -309,7 +318,14 @@ class Worker:
             if self._stop.wait(self._settings.heartbeat_s):
                 return
 
-    def _row(self) -> WorkerRow:
+    def _report(self) -> None:
+        reading = self._watch.read()
+        self._store.report_worker(self._row(reading))
+        if reading is not None and (counts := self._watch.counts()):
+            self._store.count_engine(reading.model, **counts)
+            self._watch.counted()
+
+    def _row(self, reading: EngineReading | None) -> WorkerRow:
         batch_id = self._batch_id
         return WorkerRow(
             id=self.id,
@@ -321,6 +337,7 @@ class Worker:
             state="working" if batch_id else "idle",
             model=self._slot.model,
             batch_id=batch_id,
+            engine=None if reading is None else reading.figures(),
         )
 
     def _leave(self) -> None:

@@ -190,6 +190,11 @@ class EngineHost(Engine):
     def stats(self) -> EngineStats:
         return self._stats
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds without any token although requests are in flight; 0 with none. Any thread."""
+        return time.monotonic() - self._last_progress if self._in_flight else 0.0
+
     def close(self) -> None:
         process, channel = self._process, self._channel
         self._process = self._channel = None

@@ -41,13 +41,16 @@ class EngineSlot:
         interrupted: Callable[[], bool],
         lowered: LoweredLimits,
         on_load: Callable[[str, float | None], None] = lambda *_: None,
+        on_lost: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`on_load` is told of every attempt: the model, and its seconds; None where it failed."""
+        """`on_load` is told of every attempt: the model, and its seconds; None where it failed.
+        `on_lost`: of every engine that died or hung at work."""
         self._settings = settings
         self._log_path = log_path
         self._interrupted = interrupted
         self._lowered = lowered
         self._on_load = on_load
+        self._on_lost = on_lost
         self._entry: ModelEntry | None = None
         self._host: EngineHost | None = None
 
@@ -55,6 +58,17 @@ class EngineSlot:
     def model(self) -> str | None:
         """The registry's name of the model that is loaded."""
         return self._entry.name if self._entry else None
+
+    @property
+    def host(self) -> EngineHost | None:
+        """The engine that is loaded, to be read by any thread."""
+        return self._host
+
+    def lost(self) -> None:
+        """The engine died or was killed at work: the next `take` starts another one."""
+        if self._entry is not None:
+            self._on_lost(self._entry.name)
+        self.unload()
 
     def holds(self, entry: ModelEntry) -> bool:
         return self._entry == entry and self._host is not None

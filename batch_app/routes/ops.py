@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from datetime import timedelta
+from types import MappingProxyType
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from batch_app import __version__
+from batch_app.core import BatchStatus
 from batch_app.errors import StorageFull, StoreUnavailable
-from batch_app.metrics import CONTENT_TYPE, Reading, exposition
+from batch_app.metrics import CONTENT_TYPE, MISSED_HEARTBEATS, Reading, exposition
 from batch_app.routes.answers import refusals
 from batch_app.routes.services import Services, services
+from batch_app.store import LEASED
 
 router = APIRouter(tags=["operation"])
+
+#: Share of `engine_hang_s` after which a silent engine is called hung; at the whole it is killed.
+HANGS_AFTER = 0.5
+_NEED_A_WORKER = (BatchStatus.QUEUED, *LEASED)
 
 
 class AliveBody(BaseModel):
@@ -45,8 +54,10 @@ def readyz(request: Request) -> Response:
 
 @router.get("/health", response_model=ReadyBody, responses={503: {"model": ReadyBody}})
 def health(request: Request) -> Response:
-    """The same as /readyz, under the name that most probes look for."""
-    return _readiness(services(request))
+    """As /readyz, and somebody does the work: a worker lives where one is needed, and no engine
+    hangs."""
+    own = services(request)
+    return _readiness(own, _work_checks(own))
 
 
 @router.get(
@@ -66,12 +77,36 @@ def metrics(request: Request) -> Response:
         free_bytes=shutil.disk_usage(own.data.root).free,
         heartbeat_s=own.settings.heartbeat_s,
         now=own.clock(),
+        deliveries=own.store.count_deliveries(),
     )
     return Response(exposition(reading), headers={"content-type": CONTENT_TYPE})
 
 
-def _readiness(own: Services) -> Response:
-    checks = {"database": "ok", "disk": "ok"}
+def _work_checks(own: Services) -> dict[str, str]:
+    checks = {"worker": "ok", "engine": "ok"}
+    try:
+        workers = own.store.list_workers()
+        num_batches = own.store.count_batches()
+    except (StoreUnavailable, StorageFull):
+        return dict.fromkeys(checks, "unknown: the database does not answer")
+    now = own.clock()
+    silent = timedelta(seconds=MISSED_HEARTBEATS * own.settings.heartbeat_s)
+    alive = [worker for worker in workers if now - worker.heartbeat_at <= silent]
+    if not alive and workers:
+        last = max(worker.heartbeat_at for worker in workers)
+        checks["worker"] = (
+            f"gone: the last sign of life is {(now - last).total_seconds():.0f} s old"
+        )
+    elif not alive and any(num_batches.get(status, 0) for status in _NEED_A_WORKER):
+        checks["worker"] = "none runs, and batches wait"
+    longest_s = max(((worker.engine or {}).get("silent_s", 0.0) for worker in alive), default=0.0)
+    if longest_s > own.settings.engine_hang_s * HANGS_AFTER:
+        checks["engine"] = f"no token for {longest_s:.0f} s, with requests in flight"
+    return checks
+
+
+def _readiness(own: Services, more: Mapping[str, str] = MappingProxyType({})) -> Response:
+    checks = {"database": "ok", "disk": "ok", **more}
     try:
         own.store.ping()
     except (StoreUnavailable, StorageFull):

@@ -18,11 +18,19 @@ from batch_app.store.transactions import Transactions
 
 @dataclass(frozen=True, slots=True)
 class ModelLoads:
-    """How often a model was loaded, how often that failed, and the seconds of those that didn't."""
+    """How often a model was loaded, how often that failed, and the seconds of those that didn't.
+
+    `num_lost`: its engines that died or hung at work. The rest is in tokens, and times, of all its
+    engines together.
+    """
 
     num_loads: int = 0
     num_failed: int = 0
     load_s: float = 0.0
+    num_lost: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +53,21 @@ class Totals:
 class TotalsStore(Transactions):
     def count_load(self, model: str, load_s: float | None) -> None:
         """Count that a worker loaded this model in so many seconds; None: that it could not."""
+        if load_s is None:
+            self.count_engine(model, num_failed=1)
+        else:
+            self.count_engine(model, num_loads=1, load_s=load_s)
+
+    def count_engine(self, model: str, **more: float) -> None:
+        """Add to counts of `ModelLoads`, by their names."""
         counts = model_loads.c
-        changes = (
-            {"num_failed": counts.num_failed + 1}
-            if load_s is None
-            else {"num_loads": counts.num_loads + 1, "load_s": counts.load_s + load_s}
-        )
-        new = {"model": model, "num_loads": 0, "num_failed": 0, "load_s": 0.0}
+        changes = {name: counts[name] + value for name, value in more.items()}
         count = update(model_loads).where(counts.model == model).values(changes)
         with self._write() as connection:
             if connection.execute(count).rowcount:
                 return
         with suppress(IntegrityError), self._write() as connection:  # another worker was faster
-            connection.execute(insert(model_loads).values(new))
+            connection.execute(insert(model_loads).values(model=model))
         with self._write() as connection:
             connection.execute(count)
 
@@ -116,7 +126,15 @@ class TotalsStore(Transactions):
                 )
             ).one()
             loads = {
-                row.model: ModelLoads(row.num_loads, row.num_failed, row.load_s)
+                row.model: ModelLoads(
+                    row.num_loads,
+                    row.num_failed,
+                    row.load_s,
+                    row.num_lost,
+                    row.prefix_queries,
+                    row.prefix_hits,
+                    row.preemptions,
+                )
                 for row in connection.execute(select(model_loads))
             }
         return Totals(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
@@ -13,7 +14,10 @@ from batch_app.store.transactions import Transactions
 
 @dataclass(frozen=True, slots=True)
 class WorkerRow:
-    """A worker process as it last reported itself. `process_started_at` is Unix seconds."""
+    """A worker process as it last reported itself. `process_started_at` is Unix seconds.
+
+    `engine`: the reading of the engine that is loaded, by the names of `EngineReading`.
+    """
 
     id: str
     host: str
@@ -24,6 +28,7 @@ class WorkerRow:
     state: str
     model: str | None
     batch_id: str | None
+    engine: Mapping[str, float] | None = None
 
 
 class WorkerStore(Transactions):

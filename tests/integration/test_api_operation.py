@@ -8,21 +8,50 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 import requests
 
 from batch_app.errors import StoreUnavailable
+from batch_app.store import WorkerRow
 from integration.api_fixtures import Api, ServerProcess, input_file
 
 
 def test_health(api: Api) -> None:
     assert api.get("/livez").json()["status"] == "ok"
-    for path in ("/readyz", "/health"):
+    ready = {"database": "ok", "disk": "ok"}
+    working = ready | {"worker": "ok", "engine": "ok"}
+    for path, checks in (("/readyz", ready), ("/health", working)):
         answer = api.get(path)
         assert answer.status_code == 200
-        assert answer.json()["checks"] == {"database": "ok", "disk": "ok"}
+        assert answer.json()["checks"] == checks
+
+
+def test_health_notices_that_nobody_works(api: Api) -> None:
+    api.submitted()
+    answer = api.get("/health")
+    assert answer.status_code == 503
+    assert answer.json()["checks"]["worker"] == "none runs, and batches wait"
+    assert api.get("/readyz").status_code == 200, "uploads are taken all the same"
+
+    def report(age_s: float, silent_s: float = 0.0) -> dict[str, str]:
+        now = datetime.now(UTC)
+        seen = now - timedelta(seconds=age_s)
+        figures = {"silent_s": silent_s}
+        row = WorkerRow("w", "host", 1, 0.0, now, seen, "working", "sim", None, figures)
+        api.store.report_worker(row)
+        checks: dict[str, str] = api.get("/health").json()["checks"]
+        return checks
+
+    assert report(0)["worker"] == "ok"
+    assert "gone: the last sign of life is 99" in report(99)["worker"]
+    hang_s = api.services.settings.engine_hang_s
+    assert report(0, hang_s * 0.4)["engine"] == "ok"
+    assert "no token for" in report(0, hang_s * 0.9)["engine"]
+    assert api.get("/health").status_code == 503
+    assert report(99, hang_s)["engine"] == "ok", "what a worker said that is gone"
 
 
 def test_database_that_does_not_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,7 @@ def test_parts_of_a_download_are_declared(world: World, real: dict[str, list[str
             assert kind in declared[str(status)]["content"]
 
 
+@pytest.mark.timeout(400)  # many requests of each route
 def test_every_answer_is_declared(world: World, real: dict[str, list[str]]) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", as_localhost(world.client.app))
     operations = [result.ok() for result in schema.get_all_operations()]

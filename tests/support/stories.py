@@ -127,6 +127,8 @@ class HereSlot:
     def unload(self) -> None:
         pass
 
+    lost = unload
+
 
 class NoBenchmarks:
     def write(self, record: object) -> None:

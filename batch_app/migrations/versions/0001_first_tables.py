@@ -75,6 +75,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=32), nullable=False),
         sa.Column("model", sa.Text(), nullable=True),
         sa.Column("batch_id", sa.String(length=64), nullable=True),
+        sa.Column("engine", sa.JSON(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
     )
     op.create_table(
@@ -83,6 +84,10 @@ def upgrade() -> None:
         sa.Column("num_loads", sa.BigInteger(), nullable=False),
         sa.Column("num_failed", sa.BigInteger(), nullable=False),
         sa.Column("load_s", sa.Float(), nullable=False),
+        sa.Column("num_lost", sa.BigInteger(), nullable=False),
+        sa.Column("prefix_queries", sa.BigInteger(), nullable=False),
+        sa.Column("prefix_hits", sa.BigInteger(), nullable=False),
+        sa.Column("preemptions", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("model"),
     )
     op.create_table(
