@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import errno
 import os
 import re
@@ -17,7 +16,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 import uvicorn.config
@@ -25,7 +23,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from batch_app import __version__, floors
+from batch_app import __version__, floors, logs
 from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
@@ -101,22 +99,17 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _announce(services: Services) -> None:
     url = re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", services.settings.resolved_database_url)
-    _say(f"✅ Database initialized at {url}")
+    logs.say(f"✅ Database initialized at {url}")
     for model in dict.fromkeys(record.model for record in services.benchmarks.all()):
-        _say(f"✅ Loaded benchmark for {model}")
+        logs.say(f"✅ Loaded benchmark for {model}")
     if services.settings.no_auth:
-        _say(
+        logs.say(
             "⚠️  --no-auth: nobody is asked for an API key. Whoever reaches "
             f"{services.settings.host} may use this server, read all results and delete them."
         )
     for warning in floors.warnings(floors.SERVER_FLOORS):
-        _say(f"⚠️  {warning}")
-    _say("✅ Batch API Server started")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+        logs.say(f"⚠️  {warning}")
+    logs.say("✅ Batch API Server started")
 
 
 class _Server(uvicorn.Server):
@@ -138,6 +131,8 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Run the server until a signal ends it. Returns the process's exit code."""
+    if settings.log_format == "json":
+        logs.set_up(settings.log_format)  # before the first thing that can be said
     try:
         check_address(settings)
         listener = _listen(settings.host, settings.port)
@@ -149,7 +144,7 @@ def serve(settings: Settings) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     config = uvicorn.Config(
         app,
-        log_config=_log_config(),
+        log_config=logs.server_config(uvicorn.config.LOGGING_CONFIG),
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
         http=with_header_timeout(settings.client_timeout_s),
@@ -196,14 +191,8 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _log_config() -> dict[str, Any]:
-    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
-    config["loggers"]["batch_app"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
-    return config
-
-
 def _fail(message: str) -> int:
-    sys.stderr.write(f"❌ {message}\n")
+    logs.say_error(f"❌ {message}")
     return 1
 
 
@@ -219,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--no-auth", action="store_true", default=None, help="allow others in without API keys"
     )
+    parser.add_argument("--log-format", choices=["text", "json"], help="default text")
     flags = vars(parser.parse_args(arguments))
     try:
         settings = load_settings(**flags)

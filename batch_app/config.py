@@ -69,6 +69,12 @@ class Settings(BaseSettings):
         description="Folder of benchmark records: read for estimates, one added a finished batch.",
     )
 
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="What server and worker print: `text`, or `json`, one object a line with "
+        "`time`, `level`, `logger`, `message`, `batch_id`.",
+    )
+
     # API server
     host: str = Field("127.0.0.1", description="Address the API server listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port of the API server; 0 picks one.")

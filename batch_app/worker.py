@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from batch_app import floors
+from batch_app import floors, logs
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.clock import DueClock
@@ -371,8 +371,7 @@ def _is_alive(worker: WorkerRow) -> bool:
 
 
 def _say(message: str) -> None:
-    sys.stdout.write(f"{datetime.now().astimezone():%H:%M:%S} {message}\n")
-    sys.stdout.flush()
+    logs.say(f"{datetime.now().astimezone():%H:%M:%S} {message}", as_json=message)
 
 
 def _print_banner(settings: Settings) -> None:
@@ -384,14 +383,12 @@ def _print_banner(settings: Settings) -> None:
         "Waiting for jobs...",
         LINE,
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.flush()
+    logs.say("\n".join(lines), as_json="The worker has started and waits for batches.")
 
 
 def run_worker(settings: Settings) -> int:
     """Run a worker in this process until a signal ends it. Returns the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up(settings.log_format)
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     stop = threading.Event()
@@ -418,7 +415,7 @@ def main(settings: Settings | None = None) -> int:
     try:
         return run_worker(settings or load_settings())
     except BatchAppError as error:
-        sys.stderr.write(f"error: {error.message}\n")
+        logs.say_error(f"error: {error.message}")
         return 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,6 +26,10 @@ Models = Annotated[
 DatabaseUrl = Annotated[
     str | None,
     typer.Option(help="SQLAlchemy URL of the database.", show_default="SQLite in the data folder"),
+]
+LogFormat = Annotated[
+    Literal["text", "json"] | None,
+    typer.Option(help="What is printed; json: one object a line.", show_default="text"),
 ]
 NoAuth = Annotated[
     bool,

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from batch_app.cli.options import DatabaseUrl, DataFolder, Host, Models, NoAuth, Port
+from batch_app.cli.options import DatabaseUrl, DataFolder, Host, LogFormat, Models, NoAuth, Port
 
 #: Under which `--help` lists what runs or keeps a site.
 SECTION = "On the server's machine"
@@ -22,6 +22,7 @@ def serve(
     models: Models = None,
     database_url: DatabaseUrl = None,
     no_auth: NoAuth = False,
+    log_format: LogFormat = None,
 ) -> None:
     """Run the API server."""
     from batch_app import api_server
@@ -34,6 +35,7 @@ def serve(
         models=models,
         database_url=database_url,
         no_auth=no_auth or None,
+        log_format=log_format,
     )
     raise typer.Exit(api_server.serve(settings))
 
@@ -45,13 +47,19 @@ def worker(
     data_dir: DataFolder = None,
     models: Models = None,
     database_url: DatabaseUrl = None,
+    log_format: LogFormat = None,
 ) -> None:
     """Run a worker, which loads models and answers batches."""
     from batch_app import worker as worker_process
     from batch_app.config import load_settings
 
     settings = load_settings(
-        host=host, port=port, data_dir=data_dir, models=models, database_url=database_url
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        models=models,
+        database_url=database_url,
+        log_format=log_format,
     )
     raise typer.Exit(worker_process.main(settings))
 
@@ -64,8 +72,10 @@ def up(
     models: Models = None,
     database_url: DatabaseUrl = None,
     no_auth: NoAuth = False,
+    log_format: LogFormat = None,
 ) -> None:
     """Run API server and worker together. Ctrl-C lets both finish what they are at."""
+    from batch_app import logs
     from batch_app.api_server import check_address
     from batch_app.config import load_settings
     from batch_app.supervisor import Supervisor
@@ -78,6 +88,7 @@ def up(
         models=models,
         database_url=database_url,
         no_auth=no_auth or None,
+        log_format=log_format,
     )
     check_address(settings)
     given = {
@@ -86,6 +97,7 @@ def up(
         "--data-dir": data_dir,
         "--models": models,
         "--database-url": database_url,
+        "--log-format": log_format,
     }
     flags = [
         text for flag, value in given.items() if value is not None for text in (flag, str(value))
@@ -95,4 +107,7 @@ def up(
         "API server": [*start, "serve", *flags, *(["--no-auth"] if no_auth else [])],
         "worker": [*start, "worker", *flags],
     }
+    if settings.log_format == "json":
+        logs.set_up(settings.log_format)
+        raise typer.Exit(Supervisor(commands, say=logs.say).run())
     raise typer.Exit(Supervisor(commands).run())
