@@ -402,6 +402,7 @@ def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
     """Its stacks are in the log when asked for; its violent death is told as what it was."""
     engine = EngineHost(demo_spec(), log_path=tmp_path / "engine.log")
     engine.load()
+    _check_that_nothing_said_is_logged(engine, tmp_path / "engine.log")
     (core,) = psutil.Process(engine.pid).children()
     engine.submit([chat(0, max_tokens=1900, ignore_eos=True)])
     engine.collect(0.5)
@@ -414,3 +415,26 @@ def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
         engine.collect(20.0)
     assert caught.value.exit_code == -signal.SIGKILL
     engine.close()
+
+
+def _check_that_nothing_said_is_logged(engine: EngineHost, log: Path) -> None:
+    """Whatever vLLM makes of a request: what was asked and answered stays out of its log."""
+    secret = "Zanzibar-4711"
+    asked = [{"role": "user", "content": f"Say {secret}."}]
+    bodies: list[dict[str, Any]] = [
+        {"messages": asked, "max_tokens": 4},
+        {"messages": [{"role": "user", "content": f"{secret} " * 3000}]},
+        {"messages": [{"role": secret, "content": secret}], "max_tokens": 4},
+        {"messages": [{"role": "user", "content": [{"type": secret, "text": secret}]}]},
+        {"messages": asked, "temperature": secret},
+        {"messages": asked, "stop": [secret, ""], "max_tokens": 4},
+        {"messages": asked, "max_tokens": 4, "chat_template": "{{ raise_exception(messages) }}"},
+        {"messages": asked, "max_tokens": 4, "chat_template": "{{ messages | no_such_filter }}"},
+        {"messages": asked, "max_tokens": 4, "structured_outputs": {"regex": f"({secret}"}},
+        {"messages": asked, "max_tokens": 4, "response_format": {"type": secret}},
+        {"messages": asked, "max_tokens": 4, "tools": [{"type": "function", "function": secret}]},
+        {"messages": asked, "max_tokens": 4, "logit_bias": {secret: 1}},
+    ]
+    outcomes = run(engine, *(request(n, CHAT, **body) for n, body in enumerate(bodies)))
+    assert {outcome.status_code for outcome in outcomes} >= {200, 400}
+    assert secret not in log.read_text()
