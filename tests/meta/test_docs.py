@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import write_docs
 
+from benchmarks.estimates import markdown as estimates
 from benchmarks.peer import markdown
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +39,9 @@ def test_the_measured_figures_are_those_of_the_reports() -> None:
     page = markdown.PAGE.read_text(encoding="utf-8")
     section = markdown.render(markdown.load_reports(markdown.REPORTS))
     assert markdown.page_with(section, page) == page, "run python -m benchmarks.peer.markdown"
+
+
+def test_the_errors_of_estimates_are_those_of_the_reports() -> None:
+    page = estimates.PAGE.read_text(encoding="utf-8")
+    section = estimates.render(estimates.load())
+    assert estimates.page_with(section, page) == page, "run python -m benchmarks.estimates.markdown"

@@ -1,0 +1,1 @@
+"""How right the estimates are: `python -m benchmarks.estimates`."""

@@ -1,0 +1,271 @@
+"""The same trials with the real engine and the model that ships, on this machine.
+
+Needs vLLM and a machine that does nothing else; takes some five minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from batch_app.benchmarks import record_from_run
+from batch_app.core import Endpoint
+from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, ModelSpec, Outcome
+from batch_app.engine.host import EngineHost
+from batch_app.forecast.forecast import Forecaster
+from batch_app.forecast.live import LiveForecast
+from batch_app.forecast.measurement import Measurement, Reading
+from batch_app.forecast.recording import Recording
+from batch_app.forecast.workload import Workload
+from benchmarks.estimates.trial import LOOKS, NOW, Live, Trial
+from benchmarks.peer.machine import this_machine
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+CHAT = str(Endpoint.CHAT_COMPLETIONS)
+#: A benchmark and a held-out job take about so long; never more requests than this.
+BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 18.0, 6000
+_FIRST_REQUESTS = 60
+READ_EVERY_S = 0.25
+
+Make = Callable[[np.random.Generator, int], list[dict[str, Any]]]
+
+
+def _sums(random: np.random.Generator, num: int) -> list[dict[str, Any]]:
+    return [_body(f"What is {a} + {b}?", 16) for a, b in random.integers(10, 99, (num, 2)).tolist()]
+
+
+def _words(random: np.random.Generator, num: int) -> str:
+    return " ".join(str(value) for value in random.integers(10, 99, num).tolist())
+
+
+def _fixed(prompt_words: tuple[int, int], tokens: tuple[int, int]) -> Make:
+    """Prompts and answers of so many words and tokens; the answers take all of their limit."""
+
+    def make(random: np.random.Generator, num: int) -> list[dict[str, Any]]:
+        sizes = random.integers(prompt_words[0], prompt_words[1] + 1, num).tolist()
+        limits = np.sort(random.integers(tokens[0], tokens[1] + 1, num))[::-1].tolist()
+        return [
+            _body(_words(random, size), limit) | {"ignore_eos": True, "min_tokens": limit}
+            for size, limit in zip(sizes, limits, strict=True)
+        ]
+
+    return make
+
+
+def _body(text: str, limit: int) -> dict[str, Any]:
+    message = {"role": "user", "content": text}
+    return {"messages": [message], "max_tokens": limit, "temperature": 0}
+
+
+SHAPES: dict[str, Make] = {
+    "sums": _sums,
+    "short-64": _fixed((5, 30), (64, 64)),
+    "short-mixed": _fixed((5, 30), (8, 256)),
+    "medium-32": _fixed((100, 250), (16, 48)),
+    "long-8": _fixed((300, 500), (8, 8)),
+    "long-answers": _fixed((20, 60), (300, 500)),
+}
+
+
+@dataclass
+class Ran:
+    """What a job on the real engine showed."""
+
+    seconds: float
+    outcomes: dict[int, Outcome]
+    readings: list[tuple[Reading, list[int]]]
+
+
+def trials(log_path: Path, seed: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Measure each shape, then forecast and run each from the measurements of the others."""
+    spec = ModelSpec(
+        name="demo",
+        engine="vllm",
+        source=str(DEMO),
+        engine_args={"max_model_len": 2048, "enforce_eager": True, "dtype": this_machine().dtype},
+    )
+    random = np.random.default_rng(seed)
+    engine = EngineHost(spec, log_path=log_path)
+    try:
+        info = engine.load()
+        _run(engine, _sums(random, 200))  # to be warm
+        measurements: dict[str, Measurement] = {}
+        sizes: dict[str, int] = {}
+        for name, make in SHAPES.items():
+            pace = _FIRST_REQUESTS / _run(engine, make(random, _FIRST_REQUESTS)).seconds
+            num = _size(pace * BENCH_S)
+            bodies = make(random, num)
+            ran = _run(engine, bodies)
+            measurements[name] = _measurement(name, info, bodies, ran)
+            sizes[name] = _size(num / ran.seconds * JOB_S * float(random.uniform(0.6, 1.4)))
+            say(f"measured {name}: {num:,} requests in {ran.seconds:.1f} s")
+        found = []
+        for name, make in SHAPES.items():
+            others = [one for other, one in measurements.items() if other != name]
+            trial = _tried(engine, info, name, make(random, sizes[name]), others)
+            say(
+                f"{name}: expected {trial.expected_s:.1f} s "
+                f"({trial.low_s:.1f} to {trial.high_s:.1f}), took {trial.actual_s:.1f} s"
+            )
+            found.append(trial.as_dict())
+        return found
+    finally:
+        engine.close()
+
+
+def _size(wanted: float) -> int:
+    return int(np.clip(wanted, _FIRST_REQUESTS, MOST_REQUESTS))
+
+
+def _run(engine: EngineHost, bodies: list[dict[str, Any]]) -> Ran:
+    """As the worker does it: a window of requests, refilled as they finish."""
+    info = engine.info
+    assert info is not None
+    upcoming = iter(enumerate(bodies))
+    window = 4 * min(info.max_num_seqs, 128)
+    in_flight = 0
+    outcomes: dict[int, Outcome] = {}
+    readings: list[tuple[Reading, list[int]]] = []
+    began_s = time.perf_counter()
+    readings.append((_reading(engine.stats(), info, 0.0), []))
+    next_s, fresh = READ_EVERY_S, list[int]()
+    while len(outcomes) < len(bodies):
+        batch = []
+        while in_flight < window and (one := next(upcoming, None)) is not None:
+            batch.append(EngineRequest(one[0], CHAT, orjson.dumps({"model": "demo"} | one[1])))
+            in_flight += 1
+        if batch:
+            engine.submit(batch)
+        for outcome in engine.collect(0.1):
+            if outcome.status_code != 200:
+                raise RuntimeError(f"The engine answered {outcome.status_code}: {outcome.body!r}")
+            outcomes[outcome.number] = outcome
+            fresh.append(outcome.number)
+            in_flight -= 1
+        now_s = time.perf_counter() - began_s
+        if now_s >= next_s or len(outcomes) == len(bodies):
+            readings.append((_reading(engine.stats(), info, now_s), fresh))
+            next_s, fresh = now_s + READ_EVERY_S, []
+    return Ran(time.perf_counter() - began_s, outcomes, readings)
+
+
+def _reading(stats: EngineStats, info: EngineInfo, at_s: float) -> Reading:
+    return Reading(
+        at_s=at_s,
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        prompt_tokens_total=stats.prompt_tokens_total,
+        cached_tokens_total=stats.prefix_cache_hits_total,
+        generation_tokens_total=stats.generation_tokens_total,
+        kv_cache_usage=stats.kv_cache_usage if info.kv_cache_tokens else None,
+    )
+
+
+def _measurement(
+    name: str, info: EngineInfo, bodies: list[dict[str, Any]], ran: Ran
+) -> Measurement:
+    recording = Recording(info.kv_cache_tokens)
+    for number, outcome in ran.outcomes.items():
+        recording.finish(
+            CHAT,
+            bodies[number]["max_tokens"],
+            prompt_tokens=outcome.prompt_tokens,
+            output_tokens=outcome.completion_tokens,
+            cached_tokens=outcome.cached_tokens,
+        )
+    for reading, _ in ran.readings:
+        recording.read(reading)
+    outcomes = ran.outcomes.values()
+    record = record_from_run(
+        batch_id=f"batch_{name}",
+        model="demo",
+        engine=info.engine,
+        engine_version=info.engine_version,
+        device=info.device_type,
+        device_name=info.device,
+        num_requests=len(bodies),
+        success_count=len(bodies),
+        load_s=info.load_s,
+        inference_s=ran.seconds,
+        prompt_tokens=sum(one.prompt_tokens for one in outcomes),
+        completion_tokens=sum(one.completion_tokens for one in outcomes),
+        engine_args={
+            "max_model_len": info.max_model_len,
+            "max_num_seqs": info.max_num_seqs,
+            "max_num_batched_tokens": info.max_num_batched_tokens,
+            "kv_cache_tokens": info.kv_cache_tokens,
+        },
+        timestamp=datetime.now(UTC) if info.engine_version else NOW,
+        recording=recording,
+        registry_args={},
+    )
+    return record.measurement()
+
+
+def _tried(
+    engine: EngineHost,
+    info: EngineInfo,
+    name: str,
+    bodies: list[dict[str, Any]],
+    others: list[Measurement],
+) -> Trial:
+    """Run it, and say what was and would have been expected: nothing here looks ahead."""
+    ran = _run(engine, bodies)
+    num = len(bodies)
+    # Intake counts the prompts' tokens exactly; here the engine's own count stands for it.
+    prompts = np.array([ran.outcomes[number].prompt_tokens for number in range(num)])
+    outputs = np.array([ran.outcomes[number].completion_tokens for number in range(num)])
+    workload, group_of = Workload.of_requests(
+        endpoints=(CHAT,),
+        endpoint_of=np.zeros(num, int),
+        max_tokens=np.array([body["max_tokens"] for body in bodies]),
+        generating=(True,),
+        prompt_tokens=prompts,
+        fixed=np.array([bool(body.get("ignore_eos")) for body in bodies]),
+    )
+    forecaster = Forecaster(others[0].setting, others)
+    forecast = forecaster.forecast(workload)
+    assert forecast is not None
+    live = LiveForecast(forecaster, workload, group_of, prompts)
+    lives: list[Live] = []
+    done = 0
+    for reading, finished in ran.readings:
+        for number in finished:
+            one = ran.outcomes[number]
+            live.finish(number, one.completion_tokens, one.prompt_tokens, one.cached_tokens)
+        done += len(finished)
+        live.read(reading)
+        if len(lives) < len(LOOKS) and LOOKS[len(lives)] * num <= done < num:
+            left = live.remaining()
+            assert left is not None
+            lives.append(
+                Live(
+                    done / num,
+                    ran.seconds - reading.at_s,
+                    left.remaining_s,
+                    left.low_s,
+                    left.high_s,
+                    reading.at_s * (num - done) / done,
+                )
+            )
+    return Trial(
+        machine=info.device,
+        shape=name,
+        num_requests=num,
+        basis=tuple(one.id for one in others),
+        actual_s=ran.seconds,
+        expected_s=forecast.run_s,
+        low_s=forecast.low_s,
+        high_s=forecast.high_s,
+        scaled_s=num * others[0].inference_s / others[0].num_requests,
+        actual_output=float(outputs.sum()),
+        expected_output=forecast.expected_output_tokens,
+        lives=tuple(lives),
+    )
