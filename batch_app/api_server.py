@@ -23,7 +23,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from batch_app import __version__, floors, logs
+from batch_app import __version__, floors, logs, tracing
 from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
@@ -155,7 +155,9 @@ def serve(settings: Settings) -> int:
     # uvicorn raises the signal again once it is done; without these it would be our end.
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: None)
+    tracing.set_up(settings.otlp_endpoint, "vllm-batch-api")
     _Server(config, app.state.services).run(sockets=[listener])
+    tracing.shut_down()
     return 0
 
 

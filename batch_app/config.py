@@ -75,6 +75,13 @@ class Settings(BaseSettings):
         "`time`, `level`, `logger`, `message`, `batch_id`.",
     )
 
+    otlp_endpoint: str = Field(
+        "",
+        description="Base URL of an OpenTelemetry collector (`http://localhost:4318`) that gets "
+        "traces of batches; needs the extra `tracing`. Empty: what `OTEL_EXPORTER_OTLP_ENDPOINT` "
+        "says, else none.",
+    )
+
     # API server
     host: str = Field("127.0.0.1", description="Address the API server listens on.")
     port: int = Field(8080, ge=0, le=65535, description="Port of the API server; 0 picks one.")

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.copies import Copies
@@ -68,6 +69,7 @@ class Lives:
     ) -> None:
         self._slot = slot
         self._settings = settings
+        self._batch_id = work_dir.name
         self._suspects_path = work_dir / SUSPECTS_FILE
         self._suspects = Suspects.load(self._suspects_path)
         self._log = log
@@ -147,7 +149,11 @@ class Lives:
         loaded = self._slot.holds(entry)
         if not loaded:
             self._batch_log.write(f"Loading {entry.name} ({entry.engine}).")
-        engine, info = self._slot.take(entry, self._batch_log.write)
+        if loaded:
+            engine, info = self._slot.take(entry, self._batch_log.write)
+        else:
+            with tracing.span("engine load", self._batch_id, model=entry.name):
+                engine, info = self._slot.take(entry, self._batch_log.write)
         self.info = info
         if not loaded:
             self._batch_log.write(

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
 from batch_app.closing import Closed
@@ -364,9 +365,10 @@ class _Run:
         elif to is BatchStatus.FAILED:
             unfinished = Unfinished("batch_failed", message or "The batch failed.")
         started = time.monotonic()
-        published = publish(
-            runner._data, batch, self._index, self._log, unfinished, runner._clock()
-        )
+        with tracing.span("finalize", batch.id, requests=len(self._index)):
+            published = publish(
+                runner._data, batch, self._index, self._log, unfinished, runner._clock()
+            )
         crash_point("published")
         closed = Closed(published, self._log.progress)
         tally = self._tally

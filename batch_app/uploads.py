@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, Idempotency, StoredFile
 from batch_app.errors import BadRequest
@@ -46,6 +47,11 @@ class BatchUpload(Incoming[Batch]):
         self._intake: Intake | None = None
         #: The one that was made with the batch.
         self.webhook: Webhook | None = None
+
+    @property
+    def batch_id(self) -> str:
+        """What the batch will be called, unless the key stands for an earlier one."""
+        return self._batch_id
 
     def discard(self) -> None:
         if self._intake is not None:
@@ -105,7 +111,9 @@ class BatchUpload(Incoming[Batch]):
             if earlier is not None:
                 return earlier
         model = self._require_model()
-        return self._queue(model, self._check_lines(model), idempotency)
+        with tracing.span("intake", self._batch_id, model=model.name):
+            summary = self._check_lines(model)
+        return self._queue(model, summary, idempotency)
 
     def _rules(self, model: ModelEntry) -> IntakeRules:
         settings = self.services.settings

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, LineError, utc_now
@@ -115,7 +116,7 @@ class Validation:
 
     def _check(self, batch: Batch) -> IntakeSummary:
         """Index the file beside its place, so that a crash leaves no half of an index."""
-        with IncomingFolder(self.data) as folder:
+        with IncomingFolder(self.data) as folder, tracing.span("intake", batch.id):
             summary = index_file(
                 self.data.input_file(batch.input_file_id),
                 folder,

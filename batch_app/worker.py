@@ -23,7 +23,7 @@ from types import FrameType
 
 import psutil
 
-from batch_app import floors, logs
+from batch_app import floors, logs, tracing
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.clock import DueClock
@@ -192,7 +192,8 @@ class Worker:
         self._batch_id = batch.id
         batch_log = BatchLog(self._data.log_file(batch.id))
         try:
-            self._runner.run(batch)
+            with tracing.span("batch run", batch.id, model=batch.model, requests=batch.total):
+                self._runner.run(batch)
             self._pause_s = 0.0
             _say(f"■ {batch.id}: {self._status(batch)}")
         except LeaseLost as error:
@@ -405,7 +406,9 @@ def run_worker(settings: Settings) -> int:
     _print_banner(settings)
     for warning in floors.warnings(floors.WORKER_FLOORS):
         logger.warning("%s", warning)
+    tracing.set_up(settings.otlp_endpoint, "vllm-batch-worker")
     worker.run()
+    tracing.shut_down()
     _say("Stopped.")
     return 0
 

@@ -67,7 +67,8 @@ NOT_ISOLATED = (
     "to accept this without a warning. See docs/security.md."
 )
 _CREDENTIAL = re.compile(
-    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE)_", re.I
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE|OTEL)_",
+    re.I,
 )
 
 

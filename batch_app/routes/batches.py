@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
+from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.core import (
     Batch,
@@ -161,7 +162,8 @@ async def create_batch(request: Request) -> Response:
             await run_in_threadpool(own.store.require_room, asks.owner, limit)
         with own.keys_in_use.hold(asks.owner, key):
             upload = BatchUpload(own.for_uploads(asks), key)
-            batch = await receive(upload, dict(request.headers), request.stream())
+            with tracing.span("upload", upload.batch_id):
+                batch = await receive(upload, dict(request.headers), request.stream())
         note_object(request, batch.id)
         return await run_in_threadpool(_answer, own, batch, None, upload.webhook)
     wish, raw = await read_json(request, BatchCreate)
