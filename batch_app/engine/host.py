@@ -192,6 +192,11 @@ class EngineHost(Engine):
         return self._stats
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing is in flight; then `stats` is as old as the last request. Any thread."""
+        return not self._in_flight
+
+    @property
     def silent_s(self) -> float:
         """Seconds without any token although requests are in flight; 0 with none. Any thread."""
         return time.monotonic() - self._last_progress if self._in_flight else 0.0

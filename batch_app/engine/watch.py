@@ -59,12 +59,12 @@ class EngineWatch:
         def pace(total: int, total_before: int) -> float:
             return max(total - total_before, 0) / passed_s if passed_s > 0 else 0.0
 
-        stats = self._stats
+        stats, idle = self._stats, host.is_idle
         return EngineReading(
             model=model,
-            num_running=stats.num_running,
-            num_waiting=stats.num_waiting,
-            kv_cache_usage=stats.kv_cache_usage,
+            num_running=0 if idle else stats.num_running,
+            num_waiting=0 if idle else stats.num_waiting,
+            kv_cache_usage=0.0 if idle else stats.kv_cache_usage,
             prompt_tokens_per_s=pace(stats.prompt_tokens_total, before.prompt_tokens_total),
             generation_tokens_per_s=pace(
                 stats.generation_tokens_total, before.generation_tokens_total

@@ -10,6 +10,7 @@ from batch_app.engine.watch import EngineWatch
 
 class Host:
     silent_s = 2.5
+    is_idle = False
 
     def __init__(self, **figures: Any) -> None:
         self.figures = figures
@@ -58,3 +59,12 @@ def test_paces_and_counts_go_on_over_a_restart() -> None:
     assert third is not None
     assert third.generation_tokens_per_s == 0.0
     assert watch.counts() == {"prefix_hits": 3}, "the new engine counts from nothing"
+
+
+def test_an_idle_engine_is_empty_whatever_it_said_last() -> None:
+    slot = Slot()
+    slot.model, slot.host = "sim", Host(num_running=4, num_waiting=9, kv_cache_usage=0.5)
+    slot.host.is_idle = True
+    reading = EngineWatch(slot).read()  # type: ignore[arg-type]
+    assert reading is not None
+    assert (reading.num_running, reading.num_waiting, reading.kv_cache_usage) == (0, 0, 0.0)
