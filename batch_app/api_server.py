@@ -26,6 +26,8 @@ from starlette.concurrency import run_in_threadpool
 from batch_app import __version__, floors, logs, tracing
 from batch_app.access import has_keys
 from batch_app.config import Settings, load_settings
+from batch_app.dashboard import site as dashboard
+from batch_app.dashboard.rendering import refusal
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
 from batch_app.routes import batches, errors, openai_files, ops, results, webhooks
 from batch_app.routes.audit_trail import AuditTrail
@@ -85,8 +87,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(webhooks.router)
     app.include_router(ops.router)
     errors.install(app)
+    dashboard.install(app, services)
     # The last one added is the first one asked.
-    app.add_middleware(Authentication, access=services.access)
+    app.add_middleware(Authentication, access=services.access, refusal=refusal)
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Origins)
     app.add_middleware(Hosts, settings=settings, access=services.access)

@@ -96,6 +96,12 @@ class Settings(BaseSettings):
         "machine's own (`localhost`, 127.0.0.1). Empty: any, where API keys or `no_auth` let "
         "others in; else none.",
     )
+    session_s: int = Field(
+        12 * 3600,
+        gt=0,
+        description="Seconds after which a browser that signed in to the pages has to do so again. "
+        "Default 12 hours.",
+    )
     audit_max_bytes: int = Field(
         16 * MIB,
         gt=0,

@@ -1,4 +1,5 @@
-"""Every request has a caller: found by its API key, or everybody where there are no keys.
+"""Every request has a caller: found by its API key, by the cookie of a browser that signed in, or
+everybody where there are no keys.
 
 Stands before all routes and knows none: what isn't listed as open asks for a key, so that a route
 that somebody adds is closed until it is opened here. Nothing of a body is read before.
@@ -7,9 +8,12 @@ that somebody adds is closed until it is opened here. Nothing of a body is read 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from batch_app.access import Access
@@ -19,7 +23,7 @@ from batch_app.errors import (
     StoreUnavailable,
     Unauthenticated,
 )
-from batch_app.keys import EVERYBODY, Caller
+from batch_app.keys import EVERYBODY, Caller, is_form_token, is_session_token
 from batch_app.keys import Scope as KeyScope
 from batch_app.routes.errors import answer
 
@@ -35,32 +39,53 @@ OPEN_PATHS = frozenset(
         "/docs/oauth2-redirect",
         "/redoc",
         "/openapi.json",
+        "/sign-in",
     }
 )
-OPEN_FOLDER = "/static-offline-docs/"
-#: What tells of everybody's work.
-ADMIN_PATHS = frozenset({"/metrics"})
+OPEN_FOLDERS = ("/static-offline-docs/", "/static/")
+#: What tells of everybody's work, or gives others access to it.
+ADMIN_PATHS = frozenset({"/metrics", "/keys"})
+ADMIN_FOLDERS = ("/keys/",)
+#: What everybody may do who has come in.
+UNSCOPED_PATHS = frozenset({"/sign-out"})
+API_FOLDER = "/v1/"
+COOKIE = "vllm_batch_session"
+FORM_HEADER = "x-form-token"
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 NOBODY = Caller(owner=None, sees_all=False, scopes=frozenset())
 
 
 def is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 def scopes_for(method: str, path: str) -> tuple[KeyScope, ...]:
     """What a key has to have for this."""
+    if path in UNSCOPED_PATHS:
+        return ()
     needed = KeyScope.READ if method in SAFE_METHODS else KeyScope.WRITE
-    return (needed, KeyScope.ADMIN) if path in ADMIN_PATHS else (needed,)
+    is_admins = path in ADMIN_PATHS or path.startswith(ADMIN_FOLDERS)
+    return (needed, KeyScope.ADMIN) if is_admins else (needed,)
 
 
 class Authentication:
     """Puts the caller into `scope["state"]`, or refuses. A key that is revoked ends, at its next
-    piece, also what is under way with it."""
+    piece, also what is under way with it.
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    Who came in by cookie also has `session` there. A browser sends a cookie by itself, so a change
+    of the API then needs the header `x-form-token`, which only pages of the session know; the
+    handlers of pages check the field `form_token` of their forms.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        refusal: Callable[[BatchAppError, Scope], Response] = lambda error, _: answer(error),
+    ) -> None:
         self._app = app
         self._access = access
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,10 +101,13 @@ class Authentication:
             if token is not None:
                 state["caller"] = await self._caller(token)
                 _require_scopes(state["caller"], scope)
+                if is_session_token(token):
+                    state["session"] = token
+                    _require_form_token(token, scope)
         except BatchAppError as error:
             if isinstance(error, Unauthenticated):
                 state["refused_key_id"] = error.key_id
-            await answer(error)(scope, receive, send)
+            await self._refusal(error, scope)(scope, receive, send)
             return
         if token is None:
             state["caller"] = EVERYBODY
@@ -94,7 +122,12 @@ class Authentication:
             required = await run_in_threadpool(self._access.is_required)
         if not required:
             return None
-        sent = Headers(scope=scope).getlist("authorization")
+        headers = Headers(scope=scope)
+        sent = headers.getlist("authorization")
+        if not sent:
+            held = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+            if is_session_token(held):
+                return held
         kind, _, token = sent[0].partition(" ") if len(sent) == 1 else ("", "", "")
         if kind.lower() != "bearer" or not token.strip():
             raise Unauthenticated(
@@ -103,6 +136,8 @@ class Authentication:
                 "`vllm-batch keys create NAME`.",
                 is_missing=True,
             )
+        if is_session_token(token.strip()):
+            raise Unauthenticated("That is no API key of this server: it may be cut or mistyped.")
         return token.strip()
 
     async def _caller(self, token: str) -> Caller:
@@ -154,3 +189,14 @@ def _require_scopes(caller: Caller, scope: Scope) -> None:
                 f"{scope['method']} {scope['path'][:200]} needs.",
                 scope=needed.value,
             )
+
+
+def _require_form_token(session: str, scope: Scope) -> None:
+    if scope["method"] in SAFE_METHODS or not scope["path"].startswith(API_FOLDER):
+        return
+    if not is_form_token(Headers(scope=scope).get(FORM_HEADER, ""), session):
+        raise Forbidden(
+            "This change did not come from a page of this sign-in. Reload the page; programs send "
+            "an API key instead of a cookie.",
+            code="origin_not_allowed",
+        )

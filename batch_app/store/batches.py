@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
@@ -147,6 +147,14 @@ class BatchStore(Transactions):
                 query = query.where(batches.c.seq < seq)
             rows = connection.execute(query).all()
         return [to_batch(row) for row in rows[:limit]], len(rows) > limit
+
+    def which_batches(
+        self, batch_ids: Collection[str], *, seen_by: Caller = EVERYBODY
+    ) -> list[str]:
+        """Those of these ids that there are, and that the caller may know of."""
+        query = select(batches.c.id).where(batches.c.id.in_(batch_ids))
+        with self._read() as connection:
+            return list(connection.scalars(visible(query, batches, seen_by)))
 
     def count_batches(self) -> dict[BatchStatus, int]:
         """How many batches are in each state; states without any are left out."""

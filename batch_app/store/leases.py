@@ -76,6 +76,11 @@ class LeaseStore(Transactions):
             return None
         return next(batch.model for batch in waiting if batch.batch_id == choice.batch_id)
 
+    def waiting(self) -> list[Waiting]:
+        """The batches that no worker has begun, oldest first, whoever they belong to."""
+        with self._read() as connection:
+            return _waiting(connection, batches.c.status == BatchStatus.QUEUED.value)
+
     def claim_to_validate(self, holder: str, lease_s: float) -> Batch | None:
         """Give the caller the oldest batch whose lines are to be checked."""
         wanted = batches.c.status == BatchStatus.VALIDATING.value

@@ -117,6 +117,7 @@ QUESTIONS: dict[str, Question] = {
     "get_file": lambda store, ana, who: store.get_file(ana.file.id, seen_by=who),
     "list_files": lambda store, ana, who: store.list_files(limit=9, seen_by=who)[0],
     "file_names": lambda store, ana, who: store.file_names([ana.file.id], seen_by=who),
+    "which_batches": lambda store, ana, who: store.which_batches([ana.batch.id], seen_by=who),
     "samples": ask_for_the_pace,
     "delete_file": lambda store, ana, who: store.delete_file(ana.file.id, NOW, seen_by=who),
     "get_upload": lambda store, ana, who: store.get_upload(ana.upload.id, NOW, seen_by=who),
