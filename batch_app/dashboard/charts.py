@@ -4,6 +4,7 @@ the style within needs no hole in the page's policy. Every chart also says itsel
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 import pygal
+from pygal.etree import etree
 from pygal.style import Style
 
 from batch_app.benchmarks import BenchmarkRecord
@@ -152,6 +154,10 @@ def accuracy_text(runs: Sequence[Run]) -> str:
 
 # -- drawing ---------------------------------------------------------------------------------------
 
+# pygal hooks itself into every later import of the process, for plugins that aren't used here, in a
+# way that Python 3.12 no longer knows and 3.11 warns of.
+sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != pygal.__name__]
+
 _COLOURS = {
     Theme.LIGHT: {"text": "#4b5563", "strong": "#111827", "line": "#d7dbe2", "accent": "#2557d6"},
     Theme.DARK: {"text": "#a9b2c0", "strong": "#f0f3f8", "line": "#343b47", "accent": "#7ea6ff"},
@@ -213,36 +219,26 @@ def _ticks(largest: float, num: int) -> list[float]:
     return [step * number for number in range(math.ceil(largest / step) + 1)]
 
 
-_SPANS = (
-    0.1,
-    0.2,
-    0.5,
-    1,
-    2,
-    5,
-    10,
-    15,
-    30,
-    60,
-    120,
-    300,
-    600,
-    900,
-    1800,
-    3600,
-    7200,
-    10800,
-    21600,
-    43200,
-    86400,
-)
+_SPANS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
+_LONG_SPANS = (7200, 10800, 21600, 43200, 86400)
 
 
 def _time_ticks(whole_s: float, num: int) -> list[float]:
-    step = next((span for span in _SPANS if whole_s / span <= num), None)
+    step = next((one for one in (*_SPANS, *_LONG_SPANS) if whole_s / one <= num), None)
     if step is None:
         step = 86400 * math.ceil(whole_s / 86400 / num)
     return [float(step * number) for number in range(int(whole_s // step) + 1)]
+
+
+def _svg(chart: Any) -> bytes:
+    """The chart without the script that pygal leaves in it for its tooltips."""
+    root = chart.render_tree()
+    for parent in root.iter():
+        for child in list(parent):
+            if str(child.tag).rpartition("}")[2] == "script":
+                parent.remove(child)
+    rendered: bytes = etree.tostring(root)
+    return rendered
 
 
 def draw_pace(pace: Pace, look: Look) -> bytes:
@@ -266,8 +262,7 @@ def draw_pace(pace: Pace, look: Look) -> bytes:
         chart.x_labels = _time_ticks(whole_s, 8 if wide else 4)
         first_s, first = pace.points[0]
         chart.add("tokens/s", [(0.0, first), *pace.points] if first_s else list(pace.points))
-    rendered: bytes = chart.render()
-    return rendered
+    return _svg(chart)
 
 
 def draw_accuracy(runs: Sequence[Run], look: Look) -> bytes:
@@ -295,5 +290,4 @@ def draw_accuracy(runs: Sequence[Run], look: Look) -> bytes:
             "equal", [(0, 0), (ticks[-1], ticks[-1])], stroke=True, show_dots=False, fill=False
         )
         chart.add("runs", [(run.predicted_s, run.actual_s) for run in runs])
-    rendered: bytes = chart.render()
-    return rendered
+    return _svg(chart)

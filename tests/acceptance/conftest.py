@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from support import browser
 from support.sdk import Sdk
 from support.site import Site
 
@@ -49,6 +51,13 @@ def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """An API server without a worker: what is queued stays queued."""
     yield from _running(tmp_path_factory, "waiting", workers=0)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """One headless browser for all tests of the pages."""
+    with browser.started() as running:
+        yield running
 
 
 @pytest.fixture

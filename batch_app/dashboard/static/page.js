@@ -164,6 +164,7 @@ const connection = {
     const every = Number(document.getElementById("live")?.dataset.reload);
     const article = document.querySelector("article[data-group]");
     if (!every || Date.now() - refreshedAt < every * 1000) return;
+    if (document.querySelector("details.confirm[open]")) return; // somebody is about to decide
     if (!article || article.dataset.group === "running") refresh();
   },
 

@@ -145,7 +145,7 @@
     const box = add(outcome, "div");
     box.className = "scroll";
     box.tabIndex = 0;
-    box.setAttribute("role", "region");
+    box.setAttribute("role", "group");
     box.setAttribute("aria-labelledby", "bad-lines");
     const table = add(box, "table");
     const head = add(add(table, "thead"), "tr");
