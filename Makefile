@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench torture audit clean
+.PHONY: help setup demo test lint format bench torture screenshots audit clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ clean:  ## Remove caches and build output; keeps .venv and data
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis \
 	    .import_linter_cache
 	find . -name .venv -prune -o -name data -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+screenshots: setup  ## Take the pictures of the dashboard in docs/images (needs Chromium)
+	$(PYTHON_IN_VENV) tools/screenshots.py
 
 torture: setup  ## Kill and fail everything, TRIALS times (300), from SEED (1); writes docs/reliability.json
 	PYTHONPATH=tests $(PYTHON_IN_VENV) -m faults.torture --trials $(or $(TRIALS),300) \

@@ -1,0 +1,220 @@
+"""The parts of the pages that need no browser: words, groups of failures, charts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from xml.etree import ElementTree
+
+import pytest
+
+from batch_app.core import Batch, BatchStatus, Dialect, Progress, Sample, TokenCounts, Waiting
+from batch_app.dashboard import charts, failures, formats
+from batch_app.dashboard.charts import Look, Run, Theme, Width
+from batch_app.dashboard.rendering import safe_next
+from batch_app.dashboard.views import NO_WORKER, Crew, Line, batch_view, speed_now
+from batch_app.estimates import Estimate
+from batch_app.store import WorkerRow
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+BATCH = Batch(
+    id="batch_1",
+    dialect=Dialect.NATIVE,
+    status=BatchStatus.RUNNING,
+    endpoint="/v1/chat/completions",
+    model="sim",
+    input_file_id="file-1",
+    created_at=NOW - timedelta(minutes=5),
+    started_at=NOW - timedelta(minutes=1),
+    total=100,
+    lease_owner="worker_1",
+)
+
+
+def sample(second: float, done: int, tokens: int) -> Sample:
+    return Sample(NOW - timedelta(minutes=1) + timedelta(seconds=second), done, 0, tokens)
+
+
+def worker(**changes: object) -> WorkerRow:
+    row = WorkerRow("worker_1", "host", 1, 0.0, NOW, NOW, "working", "sim", "batch_1")
+    return replace(row, **changes)  # type: ignore[arg-type]
+
+
+def note(batch: Batch, *workers: WorkerRow, line: tuple[Waiting, ...] = ()) -> str:
+    view = batch_view(
+        batch,
+        None,
+        name="in.jsonl",
+        line=Line.of(line),
+        crew=Crew(workers),
+        samples=(),
+        now=NOW,
+    )
+    return view.note
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "under 1 s"),
+        (0.4, "under 1 s"),
+        (42, "42 s"),
+        (119, "119 s"),
+        (720, "12 min"),
+        (3600, "1 h"),
+        (12000, "3 h 20 min"),
+        (86400 * 2 + 3600 * 4, "2 d 4 h"),
+    ],
+)
+def test_durations_are_said_in_two_units_at_most(seconds: float, text: str) -> None:
+    assert formats.duration(seconds) == text
+
+
+def test_ranges_and_numbers() -> None:
+    assert formats.between(540, 840) == "9 to 14 min"
+    assert formats.between(90, 840) == "90 s to 14 min"
+    assert formats.between(601, 610) == "10 min"
+    assert [formats.ordinal(n) for n in (1, 2, 3, 4, 11, 22, 113)] == [
+        "1st",
+        "2nd",
+        "3rd",
+        "4th",
+        "11th",
+        "22nd",
+        "113th",
+    ]
+    assert formats.size(17) == "17 bytes"
+    assert formats.size(3 << 30) == "3.0 GiB"
+
+
+def test_why_a_batch_waits() -> None:
+    queued = replace(BATCH, status=BatchStatus.QUEUED, started_at=None, lease_owner=None)
+    me = Waiting("batch_1", "sim", 100, place=7)
+    others = Waiting("batch_0", "sim", 1200, place=3), Waiting("batch_2", "big", 5, 9, priority=1)
+    assert note(queued) == NO_WORKER
+    assert note(queued, worker(), line=(me, *others)) == (
+        "3rd in line, behind 2 batches with 1,205 requests."
+    )
+    assert note(queued, worker(), line=(me,)) == "Next in line, when the running batch has ended."
+    idle = worker(state="idle", model="big", batch_id=None)
+    assert note(queued, idle, line=(me,)) == "Next in line; sim has to be loaded."
+    assert note(replace(BATCH, pause_reason="No space left."), worker()) == "Paused: No space left."
+    assert note(BATCH, worker(model=None)) == "Loading sim."
+    assert note(BATCH) == f"Its worker is gone. {NO_WORKER}"
+    assert note(replace(BATCH, progress=Progress(3)), worker()) == ""
+
+
+def test_a_silent_worker_is_not_counted() -> None:
+    silent = worker(heartbeat_at=NOW - timedelta(seconds=16))
+    assert Crew.of([silent], 5.0, NOW).alive == ()
+    assert Crew.of([worker()], 5.0, NOW).text == "Worker busy"
+
+
+def test_the_range_of_an_estimate_is_shown_where_there_is_one() -> None:
+    estimate = Estimate(600, NOW + timedelta(seconds=900), 1.0, 1.0, "a")
+    options = {"name": "", "line": Line(), "crew": Crew(), "samples": (), "now": NOW}
+    view = batch_view(BATCH, estimate, **options)  # type: ignore[arg-type]
+    assert view.eta.startswith("about 15 min")
+    assert view.done_at == "2026-01-01T12:15:00Z"
+    assert view.name == "batch_1", "a file without a name"
+
+
+def test_the_present_speed_leaves_out_loading() -> None:
+    loading = [sample(second, 0, 0) for second in range(5)]
+    assert speed_now(BATCH, [*loading, sample(5, 1, 100), sample(6, 2, 200)], NOW) == 100
+    long = [sample(60 * n, 10 * n, 6000 * n) for n in range(10)]
+    assert speed_now(BATCH, long, NOW) == 100
+    assert speed_now(replace(BATCH, status=BatchStatus.COMPLETED), long, NOW) is None
+    assert speed_now(BATCH, loading[:1], NOW) is None
+
+
+# -- failures --------------------------------------------------------------------------------------
+
+
+def failed_line(custom_id: str, code: object, message: str, status: int = 400) -> bytes:
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": code}
+    response = {"status_code": status, "request_id": "r", "body": {"error": error}}
+    line = {"id": "x", "custom_id": custom_id, "response": response, "error": None}
+    return json.dumps(line).encode()
+
+
+def test_failures_are_grouped_but_for_their_numbers() -> None:
+    good = b'{"custom_id":"g","response":{"status_code":200,"body":{}},"error":null}'
+    cancelled = json.dumps(
+        {"custom_id": "c", "response": None, "error": {"code": "batch_cancelled", "message": "m"}}
+    ).encode()
+    lines = [good, cancelled]
+    lines += [failed_line(f"a{n}", 400, f"Too long: {n} tokens of 'x{n}'.") for n in range(5)]
+    lines += [failed_line("b\u202e", "other", "Broken.", 500), b'{"custom_id":"n","response":null}']
+    found = failures.grouped(lines)
+    assert not found.is_partial
+    assert found.num_read == 8
+    first = found.groups[0]
+    assert (first.count, first.code, first.status) == (5, "BadRequestError", 400)
+    assert (first.custom_id, first.message) == ("a0", "Too long: 0 tokens of 'x0'.")
+    assert {group.code for group in found.groups[1:]} == {"batch_cancelled", "other", "unknown"}
+    assert "b\\u202e" in {group.custom_id for group in found.groups}
+
+
+def test_what_is_read_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "MAX_FAILURES", 10)
+    monkeypatch.setattr(failures, "MAX_GROUPS", 3)
+    found = failures.grouped(failed_line("a", f"code{n:c}", "m") for n in range(65, 90))
+    assert found.is_partial
+    assert found.num_read == 10
+    assert next(group.code for group in found.groups) == "others"
+    assert sum(group.count for group in found.groups) == 10
+    assert len(found.groups) == 4
+
+
+# -- charts ----------------------------------------------------------------------------------------
+
+
+def test_the_pace_keeps_every_token() -> None:
+    samples = [sample(second, second, 100 * second) for second in range(1, 200)]
+    pace = charts.pace_of(BATCH, samples)
+    assert len(pace.points) == charts.MAX_POINTS
+    assert all(speed == pytest.approx(100) for _, speed in pace.points)
+    assert "100 to 100 tokens per second" in pace.text
+    assert charts.pace_of(BATCH, []).points == ()
+    assert charts.pace_of(replace(BATCH, started_at=None), samples).points == ()
+
+
+def test_the_pace_ends_where_the_work_did() -> None:
+    samples = [sample(second, second, 100 * second) for second in range(1, 11)]
+    start = BATCH.started_at or NOW
+    done = replace(
+        BATCH,
+        status=BatchStatus.COMPLETED,
+        finalizing_at=start + timedelta(seconds=12),
+        completed_at=start + timedelta(seconds=500),
+        progress=Progress(12, tokens=TokenCounts(600, 600)),
+    )
+    pace = charts.pace_of(done, samples)
+    assert pace.points[-1][0] == 12
+    assert sum(speed for _, speed in pace.points) * 12 / len(pace.points) == pytest.approx(1200)
+
+
+@pytest.mark.parametrize("theme", Theme)
+@pytest.mark.parametrize("width", Width)
+def test_charts_are_plain_svg(theme: Theme, width: Width) -> None:
+    look = Look(theme, width)
+    pace = charts.pace_of(BATCH, [sample(n, n, n * n) for n in range(1, 30)])
+    runs = [Run(100.0 * n, 110.0 * n, NOW, 10, True) for n in range(1, 5)]
+    for drawn in (
+        charts.draw_pace(pace, look),
+        charts.draw_pace(charts.Pace(()), look),
+        charts.draw_accuracy(runs, look),
+        charts.draw_accuracy([], look),
+    ):
+        tags = {element.tag for element in ElementTree.fromstring(drawn).iter()}
+        assert "{http://www.w3.org/2000/svg}svg" in tags
+        assert not {tag for tag in tags if tag.endswith(("script", "image", "foreignObject"))}
+    assert "within 10% of the prediction" in charts.accuracy_text(runs)
+
+
+def test_after_a_sign_in_nobody_is_sent_elsewhere() -> None:
+    for target in ("//evil.example", "https://evil.example", "/\\evil.example", "", "/a\nb", "x"):
+        assert safe_next(target) == "/"
+    assert safe_next("/batches/batch_1?x=1") == "/batches/batch_1?x=1"
