@@ -103,6 +103,34 @@ def test_a_file_with_bad_lines_is_shown_them_and_not_queued(tab: Tab, working: R
     tab.complaints.clear()
 
 
+def test_the_estimate_stands_before_the_queue(tab: Tab) -> None:
+    """As `POST /v1/estimate` answers; the figures are made up, so that each is known."""
+    estimate = {
+        "estimated_seconds": 900,
+        "low_s": 600.0,
+        "high_s": 1500.0,
+        "prompt_tokens": 123456,
+        "expected_output_tokens": 789,
+        "queue_wait_s": 60.0,
+        "estimated_completion": "2030-01-01T00:00:00Z",
+        "based_on_benchmark": HOSTILE,
+    }
+    row = {"model": "sim", "estimate": estimate, "max_model_len": 4096, "num_too_long": 2}
+    row |= {"num_refused": 0, "lines": [3, 9], "prompt_tokens_error": 0.0, "reason": None}
+    body = {"object": "estimate", "num_requests": 5, "num_errors": 0, "errors": []}
+    body |= {"models": [row], "count": 1}
+    tab.page.route("**/v1/estimate", lambda route: route.fulfill(json=body))
+    page = tab.go("/submit")
+    choose(page, jsonl(5))
+    text = page.inner_text("#estimate")
+    for part in ("About 15 min (10 min to 25 min)", "123,456", "789", "60 s", "Line 3, 9."):
+        assert part in text
+    assert "2 requests are longer than the model's context of 4096 tokens" in text
+    assert "onerror" in text
+    assert page.locator("#estimate img").count() == 0
+    assert page.is_enabled("#queue")
+
+
 def test_cancel_by_keyboard(tab: Tab, working: Running) -> None:
     batch_id = submitted(working.url, jsonl(3000), "slow")
     page = tab.go(f"/batches/{batch_id}")

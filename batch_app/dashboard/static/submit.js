@@ -160,34 +160,43 @@
     if (total > errors.length) add(outcome, "p", `The first ${errors.length} are shown.`).className = "sub";
   }
 
+  // The answer of POST /v1/estimate: what would become of the file, by model.
   function showEstimate(body) {
+    if (body.num_errors) {
+      problem("Nothing of this file can be queued until these lines are right.");
+      lines(body.errors, body.num_errors);
+      queue.disabled = true;
+      return;
+    }
+    const row = body.models.find((one) => one.model === model.value) ?? body.models[0] ?? {};
+    const one = row.estimate ?? {};
     const box = add(outcome, "section");
     box.className = "card estimate";
     box.id = "estimate";
-    const one = body.estimate ?? body;
-    const seconds = one.estimated_seconds;
-    if (typeof seconds === "number") {
-      const range =
-        typeof one.low_s === "number" && typeof one.high_s === "number" && one.high_s > one.low_s
-          ? ` (${duration(one.low_s)} to ${duration(one.high_s)})`
-          : "";
-      add(box, "p", `About ${duration(seconds)}${range}`).className = "headline";
+    if (typeof one.estimated_seconds === "number") {
+      const range = one.high_s > one.low_s ? ` (${duration(one.low_s)} to ${duration(one.high_s)})` : "";
+      add(box, "p", `About ${duration(one.estimated_seconds)}${range}`).className = "headline";
     } else {
-      add(box, "p", "This model has not been measured yet: no estimate.").className = "headline";
+      add(box, "p", "No estimate: this model has not been measured yet.").className = "headline";
     }
     const list = add(box, "dl");
     list.className = "figures";
-    figure(list, "Requests", body.num_requests ?? body.total ?? body.requests);
+    figure(list, "Requests", body.num_requests);
     figure(list, "Prompt tokens", one.prompt_tokens);
     figure(list, "Expected answer tokens", one.expected_output_tokens);
     if (one.queue_wait_s) figure(list, "Waits before it", duration(one.queue_wait_s));
     const done = Date.parse(one.estimated_completion ?? "");
     if (!Number.isNaN(done)) figure(list, "Done at", new Date(done).toLocaleString());
-    if (one.based_on_benchmark) figure(list, "Rests on", one.based_on_benchmark);
-    const errors = body.errors?.data ?? body.errors;
-    if (Array.isArray(errors) && errors.length) {
-      lines(errors, body.total_errors ?? body.errors.total ?? errors.length);
-      queue.disabled = true;
+    figure(list, "Rests on", one.based_on_benchmark);
+    warn(row.num_too_long, `longer than the model's context of ${row.max_model_len} tokens`, row.lines);
+    warn(row.num_refused, "refused by the model's chat template", row.lines);
+    if (row.reason) add(box, "p", row.reason).className = "sub";
+
+    function warn(number, why, where) {
+      if (!number) return;
+      const which = where?.length ? ` Line ${where.slice(0, 10).join(", ")}${where.length > 10 ? ", …" : ""}.` : "";
+      const text = `${number.toLocaleString("en")} ${number === 1 ? "request is" : "requests are"} ${why} and will fail; the others run.${which}`;
+      add(box, "p", text).className = "problem";
     }
   }
 
