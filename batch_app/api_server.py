@@ -29,7 +29,7 @@ from batch_app.config import Settings, load_settings
 from batch_app.dashboard import site as dashboard
 from batch_app.dashboard.rendering import refusal
 from batch_app.errors import BatchAppError, ConfigError, StoreUnavailable
-from batch_app.routes import batches, errors, openai_files, ops, results, webhooks
+from batch_app.routes import batches, errors, estimates, openai_files, ops, results, webhooks
 from batch_app.routes.audit_trail import AuditTrail
 from batch_app.routes.authentication import Authentication
 from batch_app.routes.description import describe
@@ -63,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
             services.housekeeping,
             services.key_uses,
             services.sending,
+            services.counting,
         )
         for thread in background:
             thread.start()
@@ -85,6 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(openai_files.files_router)
     app.include_router(openai_files.uploads_router)
     app.include_router(webhooks.router)
+    app.include_router(estimates.router)
     app.include_router(ops.router)
     errors.install(app)
     dashboard.install(app, services)

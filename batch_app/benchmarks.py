@@ -107,6 +107,8 @@ class BenchmarkResults(_Part):
     throughput_requests_per_s: float = Field(ge=0, allow_inf_nan=False)
     #: Of the prompt tokens, those that the prefix cache held.
     cached_prompt_tokens: int | None = None
+    #: Of the input lines that these tokens came from.
+    line_bytes: int | None = None
     #: At the shares of `forecast.workload.LEVELS`.
     prompt_token_quantiles: tuple[float, ...] = ()
     completion_token_quantiles: tuple[float, ...] = ()
@@ -241,6 +243,7 @@ def record_from_run(
     timestamp: datetime,
     recording: Recording | None = None,
     cached_prompt_tokens: int | None = None,
+    line_bytes: int | None = None,
     registry_args: Mapping[str, Any] | None = None,
     machine: str | None = None,
     driver: str | None = None,
@@ -295,6 +298,7 @@ def record_from_run(
                 if recording is not None and cached_prompt_tokens is None
                 else cached_prompt_tokens
             ),
+            line_bytes=line_bytes,
             **(_recorded(recording) if recording is not None else {}),
         ),
         hardware=BenchmarkHardware(

@@ -8,7 +8,7 @@ the response or the error of one request.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -182,7 +182,9 @@ class Batch:
     `pause_reason`: why it can't go on at the moment, though its turn has come.
     `expires_at` ends its completion window; None: it has all the time there is. Files published for
     it expire `output_expires_after_s` after they were made. `passed_over_at`: see `Waiting`.
-    `deduplicate`: whether equal requests may be computed once.
+    `deduplicate`: whether equal requests may be computed once. `workload`: what it asks of which
+    model, as `workloads.to_json` writes it, from counted prompts since `counted_at`. `outlook`:
+    what its worker last said is left, as `outlook.Left` writes it. `provenance`: what it ran on.
     """
 
     id: str
@@ -222,6 +224,9 @@ class Batch:
     output_expires_after_s: int | None = None
     passed_over_at: datetime | None = None
     deduplicate: bool = True
+    workload: Sequence[Any] | None = None
+    counted_at: datetime | None = None
+    outlook: Mapping[str, Any] | None = None
 
     @property
     def is_terminal(self) -> bool:

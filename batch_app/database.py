@@ -136,6 +136,9 @@ batches = Table(
     Column("output_expires_after_s", Integer),
     Column("passed_over_at", UtcDateTime),
     Column("deduplicate", Boolean, nullable=False, default=True),
+    Column("workload", JSON),
+    Column("counted_at", UtcDateTime),
+    Column("outlook", JSON),
     Index("batches_by_status", "status", "seq"),
     Index("batches_by_input", "input_file_id"),
 )

@@ -14,17 +14,27 @@ from batch_app.forecast.roofline import Device, ModelSize
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A prediction, and the benchmark it rests on.
+    """A prediction, and the benchmarks it rests on.
 
-    `duration_s` is the batch's own time, model loading included; `completion_at` also counts what
-    runs before it.
+    `duration_s` is the batch's own time, model loading included, what is left of it once it runs;
+    four of five batches take between `low_s` and `high_s`. `queue_wait_s`: until its turn comes;
+    `completion_at` counts both. `basis`: the benchmarks, the weightiest first; `basis_kind`: see
+    `Forecast`. `prompt_basis`: see `PromptCounts.basis`.
     """
 
     duration_s: float
     completion_at: datetime
     throughput_tokens_per_s: float
     throughput_requests_per_s: float
-    based_on_benchmark: str
+    based_on_benchmark: str | None
+    low_s: float | None = None
+    high_s: float | None = None
+    prompt_tokens: int | None = None
+    expected_output_tokens: int | None = None
+    queue_wait_s: float = 0.0
+    basis: tuple[str, ...] = ()
+    basis_kind: str = "measured"
+    prompt_basis: str = ""
 
 
 def run_time_s(num_requests: int, record: BenchmarkRecord, *, loads_model: bool = True) -> float:

@@ -12,7 +12,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,7 +23,7 @@ import anyio
 from anyio import CancelScope, CapacityLimiter
 
 from batch_app.config import MIB, Settings
-from batch_app.core import utc_now
+from batch_app.core import Batch, utc_now
 from batch_app.errors import BadRequest, StorageFull, TooLarge, TooMany, UnsupportedMedia
 from batch_app.files import DataDir, IncomingFolder, no_room_is_storage_full, remove_tree
 from batch_app.keys import EVERYBODY, Caller
@@ -43,7 +43,8 @@ ROOM_CHECK_BYTES = 64 * MIB
 class UploadServices:
     """What an upload needs of the server, and who sends it.
 
-    `clock`, `limiter` and `under_way` are shared by all uploads.
+    `clock`, `limiter` and `under_way` are shared by all uploads. `appraise` tells from the index in
+    its work folder what a batch asks for; `queued` is called when there is a new one.
     """
 
     settings: Settings
@@ -54,6 +55,8 @@ class UploadServices:
     clock: Callable[[], datetime] = utc_now
     caller: Caller = EVERYBODY
     under_way: Counter[str | None] = field(default_factory=Counter)
+    appraise: Callable[[Batch], Sequence[object] | None] = lambda _: None
+    queued: Callable[[], None] = lambda: None
 
 
 T = TypeVar("T")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 import orjson
 
@@ -53,6 +54,10 @@ class Keeper:
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._clock = clock
+        #: What the next telling tells: what is left, and what the batch ran on.
+        self.outlook: Mapping[str, Any] | None = None
+        self.provenance: Mapping[str, Any] | None = None
+        self._told_provenance: Mapping[str, Any] | None = None
         self._store = store
         self._batch = batch
         self._log = log
@@ -203,7 +208,7 @@ class Keeper:
         return response_line(batch_id, number, custom_id, outcome.status_code, body)
 
     def _tell(self) -> None:
-        progress = self._log.progress
+        progress, provenance = self._log.progress, self.provenance
         try:
             status = self._store.renew(
                 self._batch,
@@ -211,6 +216,8 @@ class Keeper:
                 progress=progress,
                 goes_on=progress != self._told,
                 at=self._clock(),
+                outlook=self.outlook,
+                provenance=None if provenance is self._told_provenance else provenance,
             )
         except StoreUnavailable as error:
             # The results are safe; only the telling waits. Should the lease run out meanwhile and
@@ -223,7 +230,7 @@ class Keeper:
         if self._store_is_away:
             self._batch_log.write("The database answers again.")
             self._store_is_away = False
-        self._told = progress
+        self._told, self._told_provenance = progress, provenance
         if status is BatchStatus.CANCELLING:
             self.cancel_requested.set()
         elif status not in (BatchStatus.RUNNING, BatchStatus.FINALIZING):

@@ -47,7 +47,8 @@ MAX_VERDICTS = 1024
 MAX_VERDICT_BYTES = 64 << 10
 
 _ENDPOINTS = frozenset(endpoint.value for endpoint in Endpoint)
-_GENERATES = frozenset(
+#: Endpoints whose answers are made token by token.
+GENERATES = frozenset(
     {Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value, Endpoint.RESPONSES.value}
 )
 _SCORED = ("query", "queries", "data_1", "text_1", "documents", "items", "data_2", "text_2")
@@ -324,7 +325,7 @@ def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.
             for field in _HEAD
             if field not in stream and body.get(field) is not None
         ),
-        deterministic=endpoint not in _GENERATES
+        deterministic=endpoint not in GENERATES
         or (
             (body.get("temperature") == 0 or body.get("seed") is not None)
             and body.get("n") in (None, 1)

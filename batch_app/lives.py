@@ -66,7 +66,10 @@ class Lives:
         copies: Copies,
         check: Check,
         stop: threading.Event,
+        on_engine: Callable[[ModelEntry, EngineInfo], None] = lambda *_: None,
     ) -> None:
+        """`on_engine` is called whenever an engine is there, and nothing in flight yet."""
+        self._on_engine = on_engine
         self._slot = slot
         self._settings = settings
         self._batch_id = work_dir.name
@@ -87,6 +90,7 @@ class Lives:
         self._longest_search = 0
         #: Of the engine that ran last.
         self.info: EngineInfo | None = None
+        self.num_deaths = 0
         #: Seconds in which requests were in flight.
         self.inference_s = 0.0
 
@@ -162,6 +166,7 @@ class Lives:
                 f"{in_words(limits_of(info).limits)}"
                 + (f" ({info.limits_source})." if info.limits_source else ".")
             )
+        self._on_engine(entry, info)
         return engine, info
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
@@ -190,6 +195,7 @@ class Lives:
         Raises the error where there were too many, and what `check` raises while it waits.
         """
         self._slot.lost()
+        self.num_deaths += 1
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > self._settings.max_engine_restarts + self._longest_search:
             raise EngineError(

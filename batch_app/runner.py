@@ -9,25 +9,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from batch_app import tracing
+from batch_app.appraisal import planning_of
 from batch_app.batch_log import BatchLog
-from batch_app.benchmarks import BenchmarkFolder, record_from_run
+from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
 from batch_app.config import Settings
 from batch_app.copies import Copies, logged_outcome
-from batch_app.core import Batch, BatchStatus, TokenCounts, utc_now
-from batch_app.engine.base import Engine, Outcome
+from batch_app.core import Batch, BatchStatus, Waiting, utc_now
+from batch_app.engine.base import Engine, EngineInfo
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
@@ -36,53 +36,27 @@ from batch_app.errors import (
     IndexUnreadable,
     ModelNotFound,
     StorageFull,
+    StoreUnavailable,
 )
 from batch_app.faults import crash_point
 from batch_app.files import DataDir, remove_tree
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
+from batch_app.foresight import Foresight
 from batch_app.index import Index
 from batch_app.inputs import InputFile
 from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
 from batch_app.lives import Deliver, Lives
+from batch_app.measuring import Tally, benchmark_of, reading_of
+from batch_app.outlook import Left, Outlook
 from batch_app.planner import Group, plan
-from batch_app.registry import ModelRegistry
+from batch_app.provenance import model_revision, run_facts, with_run
+from batch_app.registry import ModelEntry, ModelRegistry
 from batch_app.results import ResultsLog
 from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
-
-
-@dataclass(slots=True)
-class Tally:
-    """What this claim computed, for the benchmark: requests and tokens."""
-
-    num_requests: int = 0
-    num_succeeded: int = 0
-    tokens: TokenCounts = field(default_factory=TokenCounts)
-    lengths: Counter[int] = field(default_factory=Counter)  # requests by output tokens
-
-    def add(self, outcomes: list[Outcome]) -> None:
-        self.num_requests += len(outcomes)
-        prompt = completion = cached = 0
-        for outcome in outcomes:
-            self.num_succeeded += outcome.status_code == 200
-            prompt += outcome.prompt_tokens
-            completion += outcome.completion_tokens
-            self.lengths[outcome.completion_tokens] += 1
-            cached += outcome.cached_tokens
-        self.tokens += TokenCounts(prompt, completion, cached)
-
-
-def quantile(counts: Counter[int], share: float) -> int | None:
-    """The smallest value that this share of them doesn't exceed; None of nothing."""
-    left = share * counts.total()
-    for value in sorted(counts):
-        left -= counts[value]
-        if left <= 0:
-            return value
-    return None
 
 
 class Runner:
@@ -111,6 +85,7 @@ class Runner:
         self._benchmarks = benchmarks
         self._stop = stop
         self._clock = clock
+        self.outlook = Outlook(lambda: ModelRegistry.load(settings.models), benchmarks)
 
     def run(self, batch: Batch) -> None:
         """Work on a batch that was just claimed until it is published, or has to be given back.
@@ -148,6 +123,10 @@ class Runner:
                 _Run(self, batch, index, log, batch_log, keeper).to_the_end()
         finally:
             log.close()
+
+    def expected_run_s(self, waiting: Waiting) -> float | None:
+        """How long a batch that waits may be expected to run, loading included."""
+        return self.outlook.usual_run_s(waiting.model, waiting.num_requests)
 
     def _load_index(self, batch: Batch, batch_log: BatchLog) -> Index:
         folder = self._data.work_dir(batch.id)
@@ -188,7 +167,16 @@ class _Run:
         self._log = log
         self._batch_log = batch_log
         self._keeper = keeper
-        self._tally = Tally()
+        self._tally = Tally(index)
+        self._entry: ModelEntry | None = None
+        self._revision: str | None = None
+        self._foresight = Foresight(
+            outlook=runner.outlook,
+            planning=planning_of(runner.outlook, runner._settings, batch),
+            index=index,
+            workload=self._workload,
+            models=index.models_of(log.todo()),
+        )
         self._lives: Lives | None = None
         self._warmup: Warmup | None = None
         self._next_progress = 0.0
@@ -229,7 +217,7 @@ class _Run:
     def _run_groups(self) -> None:
         registry = ModelRegistry.load(self._settings.models)
         input_path = self._runner._data.input_file(self._batch.input_file_id)
-        todo = self._log.todo()
+        slot, todo = self._runner._slot, self._log.todo()
         after = dict(pairwise(self._index.models_of(todo)))
         groups = plan(
             self._index,
@@ -265,6 +253,7 @@ class _Run:
                 copies=copies,
                 check=self._check,
                 stop=self._runner._stop,
+                on_engine=self._on_engine,
             )
             for group in groups:
                 entry = registry.get(group.model)
@@ -278,8 +267,30 @@ class _Run:
                     next_model=partial(self._next_model, after.get(group.model)),
                     say=self._batch_log.write,
                 )
+                self._tell(self._foresight.begin(entry, group, loads=not slot.holds(entry)))
                 lives.run(entry, group)
         self._keeper.flush()
+
+    def _on_engine(self, entry: ModelEntry, info: EngineInfo) -> None:
+        """The engine is there: note on what the batch runs, and begin to watch it."""
+        slot, machine = self._runner._slot, self._runner.outlook.machine()
+        self._entry, self._revision = entry, model_revision(slot.folder, entry)
+        facts = run_facts(entry, info, self._revision, machine)
+        self._keeper.provenance = with_run(self._keeper.provenance or self._batch.provenance, facts)
+        stats = slot.stats()
+        self._tally.begin(info, reading_of(stats, at_s=time.monotonic()))
+        self._foresight.loaded(info, stats)
+
+    def _workload(self) -> Sequence[Any] | None:
+        """What is known by now of what the batch asks for; it is counted in the background."""
+        try:
+            return self._runner._store.get_batch(self._batch.id).workload
+        except StoreUnavailable:
+            return self._batch.workload
+
+    def _tell(self, left: Left | None) -> None:
+        if left is not None:
+            self._keeper.outlook = msgspec.to_builtins(left)
 
     def _usual_tokens(self) -> dict[str, int]:
         """By model: the output tokens that few answers of its latest benchmark exceeded."""
@@ -320,8 +331,13 @@ class _Run:
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
         if deliveries:
-            self._tally.add([one.outcome for one in deliveries if not one.copied])
+            computed = [one.outcome for one in deliveries if not one.copied]
+            self._tally.add(computed)
+            self._foresight.finished(computed)
             self._keeper.deliver(deliveries)
+        stats = self._runner._slot.stats()
+        self._tally.read(stats)
+        self._tell(self._foresight.look(stats))
         if self._warmup is not None:
             self._warmup.delivered(len(deliveries))
         self._log_progress(num_in_flight)
@@ -383,6 +399,7 @@ class _Run:
             **closed.for_store(),
             throughput_tokens_per_s=speed,
             error_message=message,
+            **({} if self._keeper.provenance is None else {"provenance": self._keeper.provenance}),
         )
         crash_point("ended")
         to, progress = batch.status, closed.progress
@@ -393,8 +410,8 @@ class _Run:
             + (f", {progress.deduplicated:,} deduplicated" if progress.deduplicated else "")
             + f". Files written in {time.monotonic() - started:.1f} s."
         )
-        if to is BatchStatus.COMPLETED:
-            self._write_benchmark()
+        if to in (BatchStatus.COMPLETED, BatchStatus.FAILED):
+            self._write_benchmark(failed=to is BatchStatus.FAILED)
         remove_tree(runner._data.work_dir(batch.id))
 
     def _move(self, to: BatchStatus, **values: Any) -> Batch:
@@ -409,35 +426,34 @@ class _Run:
                 raise Cancelled from None
             return store.transition(self._batch, BatchStatus.CANCELLED, now, **values)
 
-    def _write_benchmark(self) -> None:
-        tally, lives = self._tally, self._lives
+    def _write_benchmark(self, *, failed: bool) -> None:
+        tally, lives, runner, entry = self._tally, self._lives, self._runner, self._entry
         info = lives.info if lives else None
-        if lives is None or info is None or not tally.num_succeeded or len(self._index.models) != 1:
+        if (
+            lives is None
+            or info is None
+            or entry is None
+            or not tally.num_succeeded
+            or len(self._index.models) != 1
+        ):
             return  # nothing was computed in this claim, or not by one model
-        record = record_from_run(
-            batch_id=self._batch.id,
-            model=info.model,
-            engine=info.engine,
-            engine_version=info.engine_version,
-            device=info.device_type,
-            device_name=info.device,
-            num_requests=tally.num_requests,
-            success_count=tally.num_succeeded,
-            load_s=info.load_s,
+        tally.num_deaths = lives.num_deaths
+        machine = runner.outlook.machine()
+        record = benchmark_of(
+            tally,
+            self._batch,
+            entry,
+            info,
             inference_s=lives.inference_s,
-            prompt_tokens=tally.tokens.prompt_tokens,
-            completion_tokens=tally.tokens.completion_tokens,
-            p95_completion_tokens=quantile(tally.lengths, 0.95),
-            engine_args={
-                "max_model_len": info.max_model_len,
-                "gpu_memory_utilization": info.gpu_memory_utilization,
-                "enable_prefix_caching": info.enable_prefix_caching,
-                "enable_chunked_prefill": info.enable_chunked_prefill,
-            },
-            timestamp=self._runner._clock(),
+            timestamp=runner._clock(),
+            machine=machine.name,
+            driver=machine.driver,
+            model_revision=self._revision,
+            prediction=self._foresight.prediction,
+            failed=failed,
         )
         try:
-            self._runner._benchmarks.write(record)
+            runner._benchmarks.write(record)
         except (OSError, StorageFull) as error:
             # The batch is done whether or not its benchmark could be kept.
             self._batch_log.write(f"The benchmark record was not written: {error}")

@@ -8,6 +8,7 @@ on, after its files are durable.
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 from batch_app import tracing
 from batch_app.batch_log import BatchLog
@@ -169,6 +170,7 @@ class BatchUpload(Incoming[Batch]):
             f"submitted: {summary.num_requests} requests, {self._size_bytes} bytes, "
             f"model {model.name}"
         )
+        batch = replace(batch, workload=self.services.appraise(batch))
         created = self.services.store.add_batch(
             batch,
             input_file,
@@ -184,4 +186,5 @@ class BatchUpload(Incoming[Batch]):
         self._leftovers.clear()
         with suppress(OSError):  # the batch is queued; a worker that isn't woken polls
             wake_workers(data)
+        self.services.queued()
         return batch

@@ -66,6 +66,8 @@ class Validation:
     holder: str
     clock: Callable[[], datetime] = utc_now
     stopping: Callable[[], bool] = lambda: False
+    appraise: Callable[[Batch], Sequence[object] | None] = lambda _: None
+    queued: Callable[[], None] = lambda: None
 
     def run_once(self) -> bool:
         """Check one batch, if one waits for it. Returns whether one did.
@@ -105,6 +107,7 @@ class Validation:
             self.clock(),
             total=summary.num_requests,
             model=summary.models[0],
+            workload=self.appraise(batch),
             lease_owner=None,
         )
         crash_point("check-told")
@@ -113,6 +116,7 @@ class Validation:
             f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
         )
         wake_workers(self.data)
+        self.queued()
 
     def _check(self, batch: Batch) -> IntakeSummary:
         """Index the file beside its place, so that a crash leaves no half of an index."""

@@ -43,7 +43,6 @@ from batch_app.errors import (
     StorageFull,
     StoreUnavailable,
 )
-from batch_app.estimates import run_time_s
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.queue import choose
@@ -173,8 +172,7 @@ class Worker:
             return None
 
     def _expected_run_s(self, batch: Waiting) -> float | None:
-        record = self._benchmarks.latest(batch.model)
-        return None if record is None else run_time_s(batch.num_requests, record)
+        return self._runner.expected_run_s(batch)
 
     def _release_dead_workers(self) -> None:
         """A worker of this machine whose process is gone can't object: its batches are free now,

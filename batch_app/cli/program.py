@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from batch_app import __version__
-from batch_app.cli import backups, keys, run, servers
+from batch_app.cli import backups, estimates, keys, run, servers
 from batch_app.cli.exit_codes import ExitCode, code_of
 from batch_app.cli.terminal import say
 from batch_app.errors import BadLines, BatchAppError
@@ -86,6 +86,7 @@ def _root(
 # In the order in which `--help` shows them. A module's commands become commands of the program;
 # those of one that is added under a name, of that name.
 app.add_typer(run.app)
+app.add_typer(estimates.app)
 app.add_typer(servers.app)
 app.add_typer(keys.app, name="keys", rich_help_panel=servers.SECTION)
 app.add_typer(backups.app)

@@ -102,6 +102,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache_hits_total: int = 0
     preemptions_total: int = 0
     kv_cache_usage: float = 0.0
+    #: Where the engine counts them.
+    steps_total: int | None = None
+    #: When it was read, by the machine's monotonic clock, which all processes share.
+    at_s: float = 0.0
 
 
 class Engine(ABC):

@@ -98,6 +98,8 @@ class EngineHost(Engine):
     ) -> None:
         self.spec = spec
         self.info: EngineInfo | None = None
+        #: Of the model's files, once it loads.
+        self.folder = spec.source
         self._log_path = log_path
         self._start_timeout_s = start_timeout_s
         self._hang_s = hang_s
@@ -120,7 +122,7 @@ class EngineHost(Engine):
     def load(self) -> EngineInfo:
         folder = self.spec.source
         if self.spec.engine == "vllm":
-            folder = local_folder(self.spec, self._start_timeout_s)
+            folder = self.folder = local_folder(self.spec, self._start_timeout_s)
         self._start()
         self._send(Load(msgspec.structs.replace(self.spec, source=folder)))
         deadline = time.monotonic() + self._start_timeout_s

@@ -140,6 +140,7 @@ class SimEngine(Engine):
             num_waiting=len(self._waiting),
             prompt_tokens_total=self._prompt_tokens,
             generation_tokens_total=self._generation_tokens,
+            at_s=time.monotonic(),
         )
 
     def close(self) -> None:

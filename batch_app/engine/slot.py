@@ -11,7 +11,7 @@ import msgspec
 
 from batch_app.config import Settings
 from batch_app.core import EngineLimits
-from batch_app.engine.base import EngineInfo, ModelSpec
+from batch_app.engine.base import EngineInfo, EngineStats, ModelSpec
 from batch_app.engine.host import EngineHost
 from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
@@ -69,6 +69,15 @@ class EngineSlot:
         if self._entry is not None:
             self._on_lost(self._entry.name)
         self.unload()
+
+    @property
+    def folder(self) -> str:
+        """Where the loaded model's files lie; empty where that isn't known."""
+        return self._host.folder if self._host else ""
+
+    def stats(self) -> EngineStats:
+        """The engine's latest reading; all zero without one."""
+        return self._host.stats() if self._host else EngineStats()
 
     def holds(self, entry: ModelEntry) -> bool:
         return self._entry == entry and self._host is not None

@@ -272,8 +272,10 @@ class StatsReading:
         self.prefix_hits = 0
         self.preemptions = 0
         self.kv_cache_usage = 0.0
+        self.steps = 0
 
     def record(self, scheduler_stats: Any = None, **_: Any) -> None:
+        self.steps += 1
         if scheduler_stats is not None:
             self.num_running = scheduler_stats.num_running_reqs
             self.num_waiting = scheduler_stats.num_waiting_reqs + getattr(
@@ -306,6 +308,8 @@ class StatsReading:
             prefix_cache_hits_total=self.prefix_hits,
             preemptions_total=self.preemptions,
             kv_cache_usage=self.kv_cache_usage,
+            steps_total=self.steps,
+            at_s=time.monotonic(),
         )
 
 

@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 from batch_app.access import Access
 from batch_app.routes.answers import REFERENCE
 from batch_app.routes.authentication import SAFE_METHODS, is_open, scopes_for
+from batch_app.wire.estimates import EstimateWish
 from batch_app.wire.openai import REQUEST_BODIES
 
 SECURITY_SCHEME = "apiKey"
@@ -57,7 +58,7 @@ def _complete(schema: dict[str, Any]) -> None:
     for name in ("HTTPValidationError", "ValidationError"):
         schema["components"]["schemas"].pop(name, None)
     _, bodies = models_json_schema(
-        [(model, "validation") for model in REQUEST_BODIES], ref_template=REFERENCE
+        [(model, "validation") for model in (*REQUEST_BODIES, EstimateWish)], ref_template=REFERENCE
     )
     schema["components"]["schemas"] |= bodies["$defs"]
     schema["components"]["securitySchemes"] = {

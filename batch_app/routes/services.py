@@ -15,20 +15,24 @@ from anyio import CapacityLimiter
 from starlette.requests import Request
 
 from batch_app.access import Access
+from batch_app.appraisal import Appraisal
 from batch_app.audit import AuditLog
 from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.clock import DueClock
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.core import Batch, utc_now
+from batch_app.dry_run import DryRuns
 from batch_app.errors import NotFound
-from batch_app.estimates import Estimate, estimate, run_time_s
+from batch_app.estimates import Estimate
+from batch_app.estimating import Estimating, Turn
 from batch_app.files import DataDir, new_id
 from batch_app.housekeeping import Housekeeping
 from batch_app.idempotency import KeysInUse
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.keys import Caller
 from batch_app.outbox import Outbox, tls_context
+from batch_app.outlook import Outlook
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
 from batch_app.store import LEASED, Store
@@ -38,11 +42,11 @@ from batch_app.validation import Validation
 VALIDATION_EVERY_S = 2.0
 HOUSEKEEPING_EVERY_S = 1.0
 SENDING_EVERY_S = 1.0
+COUNTING_EVERY_S = 2.0
 NOTE_KEY_USES_EVERY_S = 60.0
 #: With less room than this a worker can't go on.
 FULL_BYTES = 64 * 1024
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
-_WAITING = (BatchStatus.VALIDATING, BatchStatus.QUEUED)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class Services:
             self.clock,
             caller,
             self._uploads_under_way,
+            self.appraisal.quick,
+            self.counting.wake,
         )
 
     @cached_property
@@ -122,6 +128,8 @@ class Services:
             self._holder,
             self.clock,
             self.stopping.is_set,
+            self.appraisal.quick,
+            self.counting.wake,
         )
         return BackgroundThread("validation", work.run_once, VALIDATION_EVERY_S)
 
@@ -146,19 +154,42 @@ class Services:
 
     # -- estimates -----------------------------------------------------------------------------
 
-    def estimate(self, batch: Batch) -> Estimate | None:
-        """What a batch has still before it; None for a finished one, or without a benchmark.
+    @cached_property
+    def outlook(self) -> Outlook:
+        return Outlook(lambda: self.registry, self.benchmarks)
 
-        One more look at the store for a waiting batch; blocks.
+    @cached_property
+    def estimating(self) -> Estimating:
+        return Estimating(self.settings, self.store, self.outlook, self.clock)
+
+    @cached_property
+    def appraisal(self) -> Appraisal:
+        return Appraisal(
+            self.settings, self.data, self.store, self.registry, self.outlook, self.clock
+        )
+
+    @cached_property
+    def counting(self) -> BackgroundThread:
+        """Counts the prompts of new batches. Started and stopped with the app."""
+        return BackgroundThread("counting", self.appraisal.run_once, COUNTING_EVERY_S)
+
+    @cached_property
+    def dry_runs(self) -> DryRuns:
+        def turn(model: str) -> Turn:
+            return self.estimating.wait_for_new(model, now=self.clock())
+
+        return DryRuns(self.settings, self.registry, self.outlook, turn, self.clock)
+
+    def estimate(self, batch: Batch) -> Estimate | None:
+        """What a batch has still before it; None for a finished one, or with nothing to go by.
+
+        Looks at the store once more; blocks.
         """
-        record = None if batch.is_terminal else self.benchmarks.latest(batch.model)
-        if record is None:
-            return None
-        if batch.status in _WAITING:
-            ahead = self.store.work_ahead(batch)
-            return estimate(batch.total, record, self.clock(), ahead_s=self._wait_s(ahead))
-        remaining = max(batch.total - batch.progress.done, 0)
-        return estimate(remaining, record, self.clock(), loads_model=batch.progress.done == 0)
+        return self.estimating.of(batch)
+
+    def estimates(self, page: Iterable[Batch]) -> list[Estimate | None]:
+        """The same for a page of the list, with one look at the queue for all."""
+        return self.estimating.of_page(page)
 
     def with_pause_reason(self, batch: Batch) -> Batch:
         """The batch, with what this server sees for itself when the worker can't tell any more:
@@ -174,32 +205,6 @@ class Services:
         if disk.f_bavail * disk.f_frsize < FULL_BYTES:
             return replace(batch, pause_reason="No space left on the data folder's disk.")
         return batch
-
-    def estimates(self, page: Iterable[Batch]) -> list[Estimate | None]:
-        """The same for a page of the list, newest first, with one look at the store for all."""
-        results: list[Estimate | None] = []
-        ahead: dict[str, int] | None = None
-        for batch in reversed(list(page)):
-            if batch.status not in _WAITING:
-                results.append(self.estimate(batch))
-                continue
-            if ahead is None:
-                ahead = self.store.work_ahead(batch)
-            results.append(
-                estimate(
-                    batch.total,
-                    self.benchmarks.latest(batch.model),
-                    self.clock(),
-                    ahead_s=self._wait_s(ahead),
-                )
-            )
-            ahead[batch.model] = ahead.get(batch.model, 0) + batch.total
-        return results[::-1]
-
-    def _wait_s(self, ahead: dict[str, int]) -> float:
-        """Seconds for this work; that of models without a benchmark can't be told, and isn't."""
-        records = ((self.benchmarks.latest(model), requests) for model, requests in ahead.items())
-        return sum(run_time_s(requests, record) for record, requests in records if record)
 
 
 def services(request: Request) -> Services:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import func, insert, null, select, update
 from sqlalchemy.engine import Connection
 
 from batch_app.core import (
@@ -164,19 +164,42 @@ class BatchStore(Transactions):
             ).all()
         return {BatchStatus(status): count for status, count in rows}
 
-    def work_ahead(self, batch: Batch) -> dict[str, int]:
-        """Requests that are still to run before this batch's own, by model."""
-        active = [BatchStatus.QUEUED, *LEASED]
-        remaining = func.sum(batches.c.total - batches.c.completed - batches.c.failed)
-        seq = select(batches.c.seq).where(batches.c.id == batch.id).scalar_subquery()
+    def unfinished(self, limit: int) -> list[Batch]:
+        """The oldest batches that a worker has or could claim, oldest first, everybody's.
+
+        Without their `workload`, which may be large.
+        """
+        active = [BatchStatus.QUEUED.value, *(status.value for status in LEASED)]
+        some = [column for column in batches.c if column.name != "workload"]
         with self._read() as connection:
             rows = connection.execute(
-                select(batches.c.model, remaining)
-                .where(batches.c.status.in_([status.value for status in active]))
-                .where(batches.c.seq < seq)
-                .group_by(batches.c.model)
+                select(*some, null().label("workload"))
+                .where(batches.c.status.in_(active))
+                .order_by(batches.c.seq)
+                .limit(limit)
             ).all()
-        return {model: max(int(requests), 0) for model, requests in rows}
+        return [to_batch(dict(row._mapping)) for row in rows]
+
+    def next_to_count(self) -> Batch | None:
+        """The oldest batch whose prompts are still to be counted; None where there is none."""
+        active = [BatchStatus.QUEUED.value, BatchStatus.RUNNING.value]
+        with self._read() as connection:
+            row = connection.execute(
+                select(batches)
+                .where(batches.c.status.in_(active))
+                .where(batches.c.counted_at.is_(None))
+                .order_by(batches.c.seq)
+                .limit(1)
+            ).first()
+        return None if row is None else to_batch(row)
+
+    def set_workload(self, batch_id: str, workload: Sequence[Any] | None, now: datetime) -> None:
+        """Keep what a batch asks for, counted now; None leaves what is known of it."""
+        values: dict[str, Any] = {"counted_at": now}
+        if workload is not None:
+            values["workload"] = workload
+        with self._write() as connection:
+            connection.execute(update(batches).where(batches.c.id == batch_id).values(**values))
 
     def ping(self) -> None:
         """Ask the database for a sign of life."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -104,11 +104,14 @@ class LeaseStore(Transactions):
         progress: Progress | None = None,
         goes_on: bool = False,
         at: datetime | None = None,
+        outlook: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
     ) -> BatchStatus:
         """Keep the lease, and tell how far the batch is. Returns its status as it stands now.
 
         `goes_on`: whatever it was paused for is over. With `at`, the progress is also noted as
-        that time's, in the batch's series. Raises LeaseLost if the batch's epoch is no
+        that time's, in the batch's series. `outlook`, `provenance`: as in `Batch`; None leaves
+        them. Raises LeaseLost if the batch's epoch is no
         longer this one's.
         """
         values: dict[str, Any] = {"lease_s": lease_s, "heartbeats": batches.c.heartbeats + 1}
@@ -116,6 +119,10 @@ class LeaseStore(Transactions):
             values |= progress_values(progress)
         if goes_on:
             values["pause_reason"] = None
+        if outlook is not None:
+            values["outlook"] = outlook
+        if provenance is not None:
+            values["provenance"] = provenance
         with self._write() as connection:
             _fenced_update(connection, batch, values)
             if at is not None and progress is not None:

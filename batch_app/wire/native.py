@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -51,12 +52,29 @@ class ProgressBody(_Body):
 
 
 class EstimateBody(_Body):
+    """What a batch has still before it.
+
+    `estimated_seconds`: of its own, loading the model included; four of five batches take between
+    `low_s` and `high_s`. `queue_wait_s` comes before that; `estimated_completion` counts both.
+    `basis_kind`: `measured` here, `similar` (elsewhere, or with another version or arguments), or
+    `roofline` (data sheets). `basis`: the benchmarks, the weightiest first. `prompt_basis`: how
+    `prompt_tokens` are known: `counted`, `sampled`, by `bytes` as in past runs, or a `guess`.
+    """
+
     estimated_seconds: int
     estimated_hours: float
     estimated_completion: str
     throughput_tokens_per_sec: int
     throughput_requests_per_sec: float
-    based_on_benchmark: str
+    based_on_benchmark: str | None
+    low_s: float | None
+    high_s: float | None
+    prompt_tokens: int | None
+    expected_output_tokens: int | None
+    queue_wait_s: float
+    basis: list[str]
+    basis_kind: str
+    prompt_basis: str | None
 
 
 class BatchBody(_Body):
@@ -64,6 +82,7 @@ class BatchBody(_Body):
 
     `deduplicated`: of the finished requests, those that got the answer of an equal one. `webhook`:
     the one that was made with the batch, in the answer that creates both, with its secret.
+    `provenance`: on what it ran: per model the revision, engine, arguments, device and seed.
     """
 
     batch_id: str
@@ -81,6 +100,7 @@ class BatchBody(_Body):
     deduplicated: int
     pause_reason: str | None
     webhook: WebhookBody | None
+    provenance: dict[str, Any] | None
 
 
 class ModelBody(_Body):
@@ -132,7 +152,19 @@ def estimate_body(estimate: Estimate | None) -> EstimateBody | None:
         throughput_tokens_per_sec=round(estimate.throughput_tokens_per_s),
         throughput_requests_per_sec=round(estimate.throughput_requests_per_s, 2),
         based_on_benchmark=estimate.based_on_benchmark,
+        low_s=_tenths(estimate.low_s),
+        high_s=_tenths(estimate.high_s),
+        prompt_tokens=estimate.prompt_tokens,
+        expected_output_tokens=estimate.expected_output_tokens,
+        queue_wait_s=round(estimate.queue_wait_s, 1),
+        basis=list(estimate.basis),
+        basis_kind=estimate.basis_kind,
+        prompt_basis=estimate.prompt_basis or None,
     )
+
+
+def _tenths(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def batch_body(
@@ -162,6 +194,7 @@ def batch_body(
         deduplicated=batch.progress.deduplicated,
         pause_reason=batch.pause_reason,
         webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
+        provenance=None if batch.provenance is None else dict(batch.provenance),
     )
 
 

@@ -28,6 +28,7 @@ BATCH_FIELDS = [
     "deduplicated",
     "pause_reason",
     "webhook",
+    "provenance",
 ]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
@@ -69,17 +70,27 @@ def test_submission_with_requests(api: Api) -> None:
     assert TIME.fullmatch(batch["created_at"])
     created_at = datetime.fromisoformat(batch["created_at"]).replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
-    unset = {*BATCH_FIELDS[5:11], "pause_reason", "webhook"}
+    unset = {*BATCH_FIELDS[5:11], "pause_reason", "webhook", "provenance"}
     assert {name for name in batch if batch[name] is None} == unset
     estimate = batch["estimate"]
     completion = datetime.strptime(estimate.pop("estimated_completion"), "%Y-%m-%dT%H:%M:%S%z")
-    assert abs(completion - created_at - timedelta(seconds=70)) < timedelta(seconds=5)
+    own_s = estimate.pop("estimated_seconds")
+    assert abs(completion - created_at - timedelta(seconds=own_s)) < timedelta(seconds=5)
+    # Its requests are much shorter than the benchmark's, but the model has to be loaded.
+    assert 26 < own_s < 75
+    assert 26 < estimate.pop("low_s") < own_s + 1
+    assert own_s - 1 < estimate.pop("high_s") < 300
+    assert 500 < estimate.pop("prompt_tokens") < 5000
+    assert 0 < estimate.pop("expected_output_tokens") <= 50_000
+    assert estimate.pop("throughput_tokens_per_sec") > 0
+    assert estimate.pop("throughput_requests_per_sec") > 0
     assert estimate == {
-        "estimated_seconds": 70,
-        "estimated_hours": 0.02,
-        "throughput_tokens_per_sec": 2511,
-        "throughput_requests_per_sec": 2.29,
+        "estimated_hours": round(own_s / 3600, 2),
         "based_on_benchmark": SEED_BENCHMARK,
+        "queue_wait_s": 0.0,
+        "basis": [SEED_BENCHMARK],
+        "basis_kind": "similar",
+        "prompt_basis": "guess",
     }
     assert api.get(f"/v1/batches/{batch['batch_id']}").json()["status"] == "pending"
 
@@ -125,7 +136,8 @@ def test_status_of_running_and_completed(api: Api) -> None:
     assert running["progress"] == {"total": 100, "completed": 49, "failed": 1, "percent": 50.0}
     assert TIME.fullmatch(running["started_at"])
     assert running["completed_at"] is running["results_url"] is None
-    assert running["estimate"]["estimated_seconds"] == 22  # 50 requests, the model is loaded
+    # Half of them, and the model is loaded.
+    assert running["estimate"]["estimated_seconds"] <= 22
 
     tokens = TokenCounts(prompt_tokens=80_000, completion_tokens=34_620)
     finalizing = api.store.transition(claimed, BatchStatus.FINALIZING, now)
@@ -174,17 +186,18 @@ def test_a_new_benchmark_is_used_next(api: Api) -> None:
     assert model["max_model_len"] == 512
     estimate = api.submit(input_file(10), model="sim").json()["estimate"]
     assert estimate["based_on_benchmark"] == record.test_id
-    assert estimate["estimated_seconds"] == 10
+    assert 5 <= estimate["estimated_seconds"] <= 10
 
 
 def test_completion_counts_the_queue_ahead(api: Api) -> None:
-    api.submitted(1000)
+    first = api.submit(input_file(1000)).json()["estimate"]
     second = api.submit(input_file(10)).json()["estimate"]
     completion = datetime.strptime(second["estimated_completion"], "%Y-%m-%dT%H:%M:%S%z")
     wait_s = (completion - datetime.now(UTC)).total_seconds()
 
-    assert second["estimated_seconds"] == 30
-    assert wait_s > 30 + 430  # 1,000 requests at 2.29 a second come first
+    assert second["estimated_seconds"] < 26  # it will find the model loaded
+    assert abs(second["queue_wait_s"] - first["estimated_seconds"]) < 5
+    assert abs(wait_s - second["estimated_seconds"] - second["queue_wait_s"]) < 5
     listed = api.get("/v1/batches").json()["batches"]
     assert listed[0]["estimate"]["estimated_completion"][:15] == second["estimated_completion"][:15]
 

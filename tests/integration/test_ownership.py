@@ -158,6 +158,10 @@ ROUTES: dict[str, Ask] = {
     "POST /v1/batches/{batch_id}/retry": Ask(Belongings.finished_batch),
     "GET /v1/batches/{batch_id}/results": Ask(Belongings.finished_batch),
     "GET /v1/batches/{batch_id}/logs": Ask(Belongings.batch),
+    "POST /v1/estimate": Ask(
+        Belongings.file, lambda own, thing: {"json": {"input_file_id": thing}}
+    ),
+    "GET /v1/benchmarks": Ask(),
     "POST /v1/files": Ask(None, lambda own, thing: FORM | {"data": {"purpose": "batch"}}),
     "GET /v1/files": Ask(Belongings.file, lists="/v1/files"),
     "GET /v1/files/{file_id}": Ask(Belongings.file),

@@ -331,15 +331,38 @@ def test_list(store: Store) -> None:
         store.list_batches(limit=1, after=batch_id(77))
 
 
-def test_work_ahead(store: Store) -> None:
+def test_unfinished_batches(store: Store) -> None:
     for number, model in enumerate("aabc"):
         add(store, number, model=model)
+    store.set_workload(batch_id(2), [{"model": "b"}], NOW)
     running = store.claim_next("w", LEASE_S, NOW)
     assert running is not None
-    store.renew(running, lease_s=LEASE_S, progress=Progress(30, 10))
+    store.renew(running, lease_s=LEASE_S, progress=Progress(30, 10), outlook={"at": 1.0})
+    store.cancel_queued(batch_id(1), NOW)
 
-    assert store.work_ahead(store.get_batch(batch_id(3))) == {"a": 160, "b": 100}
-    assert store.work_ahead(store.get_batch(batch_id(0))) == {}
+    found = store.unfinished(limit=10)
+
+    assert [batch.id for batch in found] == [batch_id(0), batch_id(2), batch_id(3)]
+    assert found[0].outlook == {"at": 1.0}
+    assert found[0].progress.done == 40
+    assert [batch.workload for batch in found] == [None] * 3  # left out: it may be large
+    assert len(store.unfinished(limit=2)) == 2
+
+
+def test_the_oldest_uncounted_batch_is_counted_next(store: Store) -> None:
+    assert store.next_to_count() is None
+    for number in range(3):
+        add(store, number)
+    store.set_workload(batch_id(0), [{"model": "a"}], NOW)
+
+    assert store.next_to_count() == store.get_batch(batch_id(1))
+    assert store.get_batch(batch_id(0)).workload == [{"model": "a"}]
+    assert store.get_batch(batch_id(0)).counted_at == NOW
+    store.set_workload(batch_id(0), None, NOW)
+    assert store.get_batch(batch_id(0)).workload == [{"model": "a"}]  # None leaves it
+    store.cancel_queued(batch_id(1), NOW)
+    store.set_workload(batch_id(2), None, NOW)
+    assert store.next_to_count() is None
 
 
 def test_naive_times_are_refused(store: Store) -> None:

@@ -22,7 +22,7 @@ from batch_app import database
 from batch_app.api_server import create_app
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus
-from batch_app.engine.base import EngineInfo, Outcome
+from batch_app.engine.base import EngineInfo, EngineStats, Outcome
 from batch_app.engine.sim import SimEngine
 from batch_app.engine.slot import model_spec
 from batch_app.errors import StoreUnavailable
@@ -106,6 +106,7 @@ class HereSlot:
     """An engine slot without a process."""
 
     model: str | None = None
+    folder = ""
 
     def __init__(self) -> None:
         self.answers: int | None = None
@@ -113,6 +114,9 @@ class HereSlot:
 
     def holds(self, entry: ModelEntry) -> bool:
         return False
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
 
     def take(
         self, entry: ModelEntry, say: Callable[[str], None] = lambda _: None
@@ -136,6 +140,9 @@ class NoBenchmarks:
 
     def latest(self, model: str) -> None:
         return None
+
+    def all(self, model: str | None = None) -> tuple[()]:
+        return ()
 
 
 class World:

@@ -141,6 +141,9 @@ def upgrade() -> None:
         sa.Column("output_expires_after_s", sa.Integer(), nullable=True),
         sa.Column("passed_over_at", sa.DateTime(timezone=True), nullable=True),
         sa.Column("deduplicate", sa.Boolean(), nullable=False),
+        sa.Column("workload", sa.JSON(), nullable=True),
+        sa.Column("counted_at", sa.DateTime(timezone=True), nullable=True),
+        sa.Column("outlook", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(
             ["input_file_id"],
             ["files.id"],

@@ -1,0 +1,219 @@
+"""Estimates over HTTP: before a batch runs, without submitting, and while it runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batch_app.benchmarks import BenchmarkFolder
+from batch_app.core import BatchStatus
+from integration.api_fixtures import GUIDE_MODEL, Api, input_file, request_line
+from support.site import Site, echo_line
+from support.waiting import wait_for
+
+
+def dry_run(api: Api, content: bytes, **fields: str) -> Any:
+    answer = api.call("POST", "/v1/estimate", files={"file": ("x.jsonl", content)}, data=fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def words(number: int, custom_id: str, **body: Any) -> bytes:
+    said = {"messages": [{"role": "user", "content": "word " * number}], **body}
+    return request_line(custom_id, body=said)
+
+
+# -- without submitting ----------------------------------------------------------------------------
+
+
+def test_a_dry_run_has_a_row_for_each_model(api: Api) -> None:
+    found = dry_run(api, input_file(50))
+
+    assert (found["num_requests"], found["num_errors"], found["count"]) == (50, 0, 2)
+    gemma, sim = found["models"]
+    assert (gemma["model"], sim["model"]) == (GUIDE_MODEL, "sim")
+    assert gemma["max_model_len"] == 4096
+    assert gemma["estimate"]["estimated_seconds"] > 26
+    assert gemma["estimate"]["prompt_basis"] == "guess"
+    assert "not on this machine" in gemma["reason"]
+    assert sim["estimate"] is None  # nothing measured
+    assert sim["reason"] is None
+    api.assert_nothing_left()
+
+
+def test_a_dry_run_names_the_lines_that_would_fail(api: Api) -> None:
+    content = b"".join(
+        [
+            request_line("good"),
+            words(5000, "too-long"),
+            request_line("good"),
+            b"not json\n",
+            words(1, "too-much", max_tokens=5000),
+            words(5000, "too-long-too"),
+        ]
+    )
+    found = dry_run(api, content, model="gemma")
+
+    assert found["num_errors"] == 2
+    assert {error["line"]: error["code"] for error in found["errors"]} == {
+        3: "duplicate_custom_id",
+        4: "invalid_json_line",
+    }
+    (row,) = found["models"]
+    assert row["num_too_long"] == 3
+    assert row["lines"] == [2, 5, 6]
+    api.assert_nothing_left()
+
+
+def test_a_dry_run_of_an_uploaded_file(api: Api) -> None:
+    form = {"file": ("x.jsonl", input_file(3))}
+    file = api.call("POST", "/v1/files", files=form, data={"purpose": "batch"}).json()
+
+    answer = api.call("POST", "/v1/estimate", json={"input_file_id": file["id"], "model": "sim"})
+
+    assert answer.status_code == 200
+    assert answer.json()["num_requests"] == 3
+    assert [row["model"] for row in answer.json()["models"]] == ["sim"]
+    assert api.data.input_file(file["id"]).exists()
+    unknown = {"input_file_id": "file-" + "0" * 24}
+    assert api.call("POST", "/v1/estimate", json=unknown).status_code == 404
+    assert api.call("POST", "/v1/estimate", json={}).status_code == 400
+
+
+def test_a_dry_run_refuses_what_it_cannot_look_at(api: Api) -> None:
+    form = {"file": ("x.jsonl", input_file(1))}
+    unknown = api.call("POST", "/v1/estimate", files=form, data={"model": "nobody"})
+    assert unknown.status_code == 404
+    assert api.call("POST", "/v1/estimate", data={"model": "sim"}).status_code in (400, 415)
+    empty = dry_run(api, b"")
+    assert (empty["num_requests"], empty["errors"][0]["code"]) == (0, "empty_file")
+    assert empty["models"][0]["estimate"] is None
+
+
+# -- what they rest on -----------------------------------------------------------------------------
+
+
+def test_benchmarks_are_listed(api: Api) -> None:
+    listed = api.get("/v1/benchmarks").json()
+    assert (listed["count"], listed["has_more"]) == (1, False)
+    assert listed["benchmarks"][0]["results"]["num_requests"] == 5000
+    assert api.get("/v1/benchmarks?model=gemma").json()["count"] == 1
+    assert api.get("/v1/benchmarks?model=sim").json()["count"] == 0
+    assert api.get("/v1/benchmarks?model=nobody").status_code == 404
+
+
+# -- a batch ---------------------------------------------------------------------------------------
+
+
+def test_prompts_are_counted_soon_after_the_batch_is_made(api: Api) -> None:
+    content = words(7, "a") + words(5, "b")
+    batch_id = api.submit(content, model="sim").json()["batch_id"]
+    assert api.batch(batch_id).workload  # something is known at once
+
+    wait_for(lambda: api.batch(batch_id).counted_at is not None, what="its prompts are counted")
+
+    (part,) = api.batch(batch_id).workload or ()
+    assert part["basis"] == "counted"
+    assert sum(group["prompt_tokens"] for group in part["workload"]["groups"]) == 12
+
+
+def test_a_batch_of_the_other_dialect_is_counted_too(api: Api) -> None:
+    lines = [
+        request_line(name, body={"model": "sim", "messages": [{"role": "user", "content": "a b"}]})
+        for name in "xy"
+    ]
+    form = {"file": ("x.jsonl", b"".join(lines))}
+    file = api.call("POST", "/v1/files", files=form, data={"purpose": "batch"}).json()
+    wish = {
+        "input_file_id": file["id"],
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+    }
+    batch_id = api.call("POST", "/v1/batches", json=wish).json()["id"]
+    wait_for(lambda: api.batch(batch_id).counted_at is not None, what="its prompts are counted")
+    assert (api.batch(batch_id).workload or ())[0]["basis"] == "counted"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(
+        tmp_path,
+        heartbeat_s=0.2,
+        poll_interval_s=0.1,
+        commit_interval_s=0.05,
+        drain_s=0.5,
+        min_free_bytes=0,
+    )
+    yield site
+    site.close()
+
+
+def test_while_it_runs_its_worker_says_what_is_left(site: Site) -> None:
+    site.start_worker()
+    first = site.submit((echo_line(n, max_tokens=8) for n in range(100)), "slow")
+    assert site.wait_until_done(first).status is BatchStatus.COMPLETED
+    batch_id = site.submit((echo_line(n, max_tokens=8) for n in range(1600)), "slow")
+    seen: list[tuple[float, float]] = []
+
+    def look() -> bool:
+        batch = site.batch(batch_id)
+        if batch.outlook and not batch.is_terminal:
+            seen.append((batch.outlook["at"], batch.outlook["remaining_s"]))
+            assert batch.outlook["low_s"] <= batch.outlook["remaining_s"] <= batch.outlook["high_s"]
+        return batch.is_terminal
+
+    wait_for(look, timeout_s=90, what=f"the batch ends\n{site.worker_output()}")
+
+    ended = site.batch(batch_id)
+    assert ended.completed_at is not None
+    end = ended.completed_at.timestamp()
+    moments = dict(seen)
+    assert len(moments) >= 3
+    # 1,600 answers of 3 tokens, 16 at a time, 20 ms a token: some 6 s.
+    halfway = min(moments, key=lambda at: abs((at - min(moments)) - (end - min(moments)) / 2))
+    assert moments[halfway] == pytest.approx(end - halfway, rel=0.5, abs=1.5)
+    assert moments[max(moments)] < moments[min(moments)]
+    record = BenchmarkFolder(site.settings.benchmarks_dir).latest("slow")
+    assert record is not None
+    assert record.prediction is not None
+    assert record.results.line_bytes
+    assert record.hardware.machine
+    assert record.purpose == "batch"
+
+
+def test_on_what_a_batch_ran_is_kept(site: Site) -> None:
+    site.start_worker()
+    batch_id = site.submit((echo_line(n) for n in range(5)), "sim")
+    batch = site.wait_until_done(batch_id)
+    assert batch.provenance is not None
+    (run,) = batch.provenance["runs"]
+    assert run["model"] == run["engine"] == "sim"
+    assert run["device"] == "simulated"
+    assert run["engine_version"]
+    assert "seed" in run
+    assert batch.provenance["server_version"]
+
+
+def test_a_run_that_fails_is_marked(site: Site) -> None:
+    site.start_worker()
+    lines = [echo_line(n) for n in range(20)]
+    for line in lines[::2]:
+        line["body"]["messages"][0]["content"] = "more words than fit its context of five"
+    assert site.wait_until_done(site.submit(lines, "tiny-context")).progress.failed == 10
+    (record,) = BenchmarkFolder(site.settings.benchmarks_dir).all("tiny-context")
+    assert record.set_aside == "failed: 10 of 20 requests"
+    assert not record.is_representative
+    json.dumps(record.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("model", ["mortal"])
+def test_a_run_in_which_the_engine_died_is_marked(site: Site, model: str) -> None:
+    site.start_worker()
+    batch_id = site.submit((echo_line(n) for n in range(500)), model)
+    assert site.wait_until_done(batch_id).progress.completed == 500
+    (record,) = BenchmarkFolder(site.settings.benchmarks_dir).all(model)
+    assert (record.set_aside or "").startswith("outlier: the engine died")
