@@ -186,7 +186,7 @@ def test_a_new_benchmark_is_used_next(api: Api) -> None:
     assert model["max_model_len"] == 512
     estimate = api.submit(input_file(10), model="sim").json()["estimate"]
     assert estimate["based_on_benchmark"] == record.test_id
-    assert 5 <= estimate["estimated_seconds"] <= 10
+    assert 5 <= estimate["estimated_seconds"] < 5 + 100  # no longer than 200 requests took
 
 
 def test_completion_counts_the_queue_ahead(api: Api) -> None:
