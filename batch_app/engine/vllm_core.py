@@ -14,6 +14,7 @@ Forked, so nothing may have touched the GPU before `start_core`; vLLM keeps to t
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pickle
 import select
@@ -170,6 +171,9 @@ class _Core:
         engine.input_processor.assign_request_id = _keep_request_id
         self._vllms_get_output = engine.engine_core.get_output
         engine.engine_core.get_output = self._get_output
+        # What is there now stays: no collection need ever look at it again.
+        gc.collect()
+        gc.freeze()
 
     def loaded(self) -> CoreLoaded:
         return CoreLoaded(
