@@ -41,7 +41,7 @@ def main() -> int:
 
 
 def take(site: Site, url: str) -> None:
-    """Six pictures of a site with some history, one batch at work and two that wait."""
+    """Seven pictures of a site with some history, one batch at work and two that wait."""
 
     def submit(name: str, num: int, model: str, num_long: int = 0) -> str:
         lines = [echo_line(n) for n in range(num)]
@@ -68,7 +68,7 @@ def take(site: Site, url: str) -> None:
             shoot(desk, f"/batches/{running}", f"batch-{scheme}", DESK["height"])
             shoot(phone, "/", f"phone-{scheme}", PHONE["height"])
             if scheme == "light":
-                shoot(desk, f"/batches/{failed}", "failures-light")
+                shoot(desk, f"/batches/{failed}", "failures-light", DESK["height"])
             desk.close()
             phone.close()
 
