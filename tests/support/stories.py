@@ -30,7 +30,7 @@ from batch_app.housekeeping import Housekeeping
 from batch_app.registry import ModelEntry
 from batch_app.routes.services import Services
 from batch_app.runner import Runner
-from batch_app.store import Store
+from batch_app.store import Store, WorkerRow
 from batch_app.validation import Validation
 
 LEASE_S = 30.0
@@ -166,6 +166,10 @@ class World:
         self.services = app.state.services = replace(own, clock=lambda: self.now)
         self.store, self.data = own.store, own.data
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
+        # So that /health is content: it misses a worker where batches wait.
+        self.store.report_worker(
+            WorkerRow("worker", "host", 1, 0.0, self.now, self.now, "idle", None, None)
+        )
         self.store.lease_watch.monotonic = self._seconds
         self.client = TestClient(app, base_url="http://localhost")
         self._engine = database.connect(self.settings.resolved_database_url)
