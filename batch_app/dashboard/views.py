@@ -203,7 +203,7 @@ def _eta(batch: Batch, estimate: Estimate | None, now: datetime) -> tuple[str, s
         return "", ""
     left_s = max((estimate.completion_at - now).total_seconds(), 0.0)
     text = f"about {duration(left_s)}" if left_s >= 1 else duration(left_s)
-    low_s, high_s = getattr(estimate, "low_s", None), getattr(estimate, "high_s", None)
+    low_s, high_s = estimate.low_s, estimate.high_s
     if low_s is not None and high_s is not None and high_s > low_s:
         ahead_s = max(left_s - estimate.duration_s, 0.0)
         text += f" ({between(ahead_s + low_s, ahead_s + high_s)})"

@@ -112,10 +112,11 @@ def test_a_silent_worker_is_not_counted() -> None:
 
 
 def test_the_range_of_an_estimate_is_shown_where_there_is_one() -> None:
-    estimate = Estimate(600, NOW + timedelta(seconds=900), 1.0, 1.0, "a")
+    done_at = NOW + timedelta(seconds=900)
+    estimate = Estimate(600, done_at, 1.0, 1.0, "a", low_s=480.0, high_s=780.0)
     options = {"name": "", "line": Line(), "crew": Crew(), "samples": (), "now": NOW}
     view = batch_view(BATCH, estimate, **options)  # type: ignore[arg-type]
-    assert view.eta.startswith("about 15 min")
+    assert view.eta == "about 15 min (13 to 18 min)", "what runs before it counts"
     assert view.done_at == "2026-01-01T12:15:00Z"
     assert view.name == "batch_1", "a file without a name"
 
