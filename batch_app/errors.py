@@ -17,6 +17,8 @@
     │   └── KeyInUse               the same request is under way                    409
     ├── StorageFull                the disk (or its quota) is full                  507
     ├── StoreUnavailable           the database cannot be reached at the moment     503
+    ├── ServerUnreachable          the client found no server at its address
+    ├── ServerFailed               the client got an answer that only a defect gives
     ├── LeaseLost                  another worker owns the batch now
     ├── IndexUnreadable            the index of an input file is missing, torn or outdated
     ├── ResultsLogError            the results log cannot be written any more
@@ -175,6 +177,18 @@ class StorageFull(BatchAppError):
 
 class StoreUnavailable(BatchAppError):
     """The database does not answer at the moment. Retriable."""
+
+
+class ServerUnreachable(BatchAppError):
+    """No server answers at the client's address, or it stopped answering."""
+
+
+class ServerFailed(BatchAppError):
+    """The server answered with an error of its own (`status` from 500), or with no API's answer."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class LeaseLost(BatchAppError):

@@ -77,6 +77,22 @@ class EstimateBody(_Body):
     prompt_basis: str | None
 
 
+class InputDetailsBody(_Body):
+    cached_tokens: int
+
+
+class OutputDetailsBody(_Body):
+    reasoning_tokens: int
+
+
+class UsageBody(_Body):
+    input_tokens: int
+    input_tokens_details: InputDetailsBody
+    output_tokens: int
+    output_tokens_details: OutputDetailsBody
+    total_tokens: int
+
+
 class BatchBody(_Body):
     """A batch. Times are UTC without a zone, as the guide prints them.
 
@@ -101,6 +117,8 @@ class BatchBody(_Body):
     pause_reason: str | None
     webhook: WebhookBody | None
     provenance: dict[str, Any] | None
+    input_file_id: str
+    usage: UsageBody | None
 
 
 class ModelBody(_Body):
@@ -167,6 +185,20 @@ def _tenths(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 
+def usage_body(batch: Batch) -> UsageBody | None:
+    """The tokens of the finished requests; None before the first."""
+    if not batch.progress.done:
+        return None
+    tokens = batch.progress.tokens
+    return UsageBody(
+        input_tokens=tokens.prompt_tokens,
+        input_tokens_details=InputDetailsBody(cached_tokens=tokens.cached_tokens),
+        output_tokens=tokens.completion_tokens,
+        output_tokens_details=OutputDetailsBody(reasoning_tokens=tokens.reasoning_tokens),
+        total_tokens=tokens.total_tokens,
+    )
+
+
 def batch_body(
     batch: Batch, estimate: Estimate | None = None, webhook: Webhook | None = None
 ) -> BatchBody:
@@ -195,6 +227,8 @@ def batch_body(
         pause_reason=batch.pause_reason,
         webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
         provenance=None if batch.provenance is None else dict(batch.provenance),
+        input_file_id=batch.input_file_id,
+        usage=usage_body(batch),
     )
 
 

@@ -26,7 +26,14 @@ from batch_app.estimates import Estimate
 from batch_app.registry import ModelEntry
 from batch_app.webhooks import Webhook
 from batch_app.wire.errors import LineErrorBody
-from batch_app.wire.native import EstimateBody, ProgressBody, estimate_body, percent
+from batch_app.wire.native import (
+    EstimateBody,
+    ProgressBody,
+    UsageBody,
+    estimate_body,
+    percent,
+    usage_body,
+)
 from batch_app.wire.webhooks import (
     MAX_SECRET_CHARS,
     MAX_URL_CHARS,
@@ -172,22 +179,6 @@ class BatchErrorsBody(_Body):
     data: list[LineErrorBody]
 
 
-class InputDetailsBody(_Body):
-    cached_tokens: int
-
-
-class OutputDetailsBody(_Body):
-    reasoning_tokens: int
-
-
-class UsageBody(_Body):
-    input_tokens: int
-    input_tokens_details: InputDetailsBody
-    output_tokens: int
-    output_tokens_details: OutputDetailsBody
-    total_tokens: int
-
-
 class OpenAIBatchBody(_Body):
     """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
     the answer of an equal one), `pause_reason` and `webhook` (the one that was made with the batch,
@@ -293,7 +284,7 @@ def part_list_body(parts: Sequence[UploadPart]) -> PartListBody:
 def openai_batch_body(
     batch: Batch, estimate: Estimate | None = None, webhook: Webhook | None = None
 ) -> OpenAIBatchBody:
-    progress, tokens = batch.progress, batch.progress.tokens
+    progress = batch.progress
     errors = [LineErrorBody.model_validate(error) for error in batch.errors]
     if not errors and batch.error_message:
         # The dialect has no other place for why a batch failed.
@@ -322,17 +313,7 @@ def openai_batch_body(
         request_counts=RequestCountsBody(
             total=batch.total, completed=progress.completed, failed=progress.failed
         ),
-        usage=(
-            UsageBody(
-                input_tokens=tokens.prompt_tokens,
-                input_tokens_details=InputDetailsBody(cached_tokens=tokens.cached_tokens),
-                output_tokens=tokens.completion_tokens,
-                output_tokens_details=OutputDetailsBody(reasoning_tokens=tokens.reasoning_tokens),
-                total_tokens=tokens.total_tokens,
-            )
-            if progress.done
-            else None
-        ),
+        usage=usage_body(batch),
         metadata=dict(batch.metadata) if batch.metadata is not None else None,
         progress=ProgressBody(
             total=batch.total,

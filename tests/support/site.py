@@ -112,10 +112,11 @@ class Site:
         """A worker process with this site's settings, in a process group of its own."""
         return self._start("worker", environment=environment)
 
-    def start_server(self, **environment: str) -> str:
-        """An API server process on a free port. Returns its address, without a slash at the end."""
+    def start_server(self, port: int = 0, **environment: str) -> str:
+        """An API server process, by default on a free port. Returns its address, without a slash at
+        the end."""
         said_before = self._output("api_server").count(LISTENING)
-        process = self._start("api_server", "--port", "0", environment=environment)
+        process = self._start("api_server", "--port", str(port), environment=environment)
 
         def listens() -> bool:
             return self._output("api_server").count(LISTENING) > said_before

@@ -22,14 +22,25 @@ from batch_app.errors import (
     ModelNotFound,
     NotFound,
     ResultsLogError,
+    ServerFailed,
+    ServerUnreachable,
     StorageFull,
     StoreUnavailable,
     TooLarge,
 )
 from batch_app.routes.errors import STATUS, answer, status_of
 
-#: Raised at start or in the worker only. Were one to reach a route, it would be a bug: a 500.
-NEVER_IN_A_ROUTE = (ConfigError, LeaseLost, IndexUnreadable, ResultsLogError, EngineError)
+#: Raised at start, in the worker or in the client only. Were one to reach a route, it would
+#: be a bug: a 500.
+NEVER_IN_A_ROUTE = (
+    ConfigError,
+    ServerUnreachable,
+    ServerFailed,
+    LeaseLost,
+    IndexUnreadable,
+    ResultsLogError,
+    EngineError,
+)
 
 
 def all_errors(base: type[BatchAppError] = BatchAppError) -> list[type[BatchAppError]]:

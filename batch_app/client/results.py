@@ -1,0 +1,186 @@
+"""Results as they come from the server, beside the requests they answer.
+
+A download that breaks goes on where it was: the files of a finished batch don't change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+
+from batch_app.client.connection import PAUSES_S, Connection
+from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, StoreUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class ResultError:
+    """Why a request has no answer. `status_code` is None for one that never ran."""
+
+    code: str
+    message: str
+    status_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of one request. `request` is its input line, where that was asked for."""
+
+    custom_id: str
+    status_code: int | None
+    body: Mapping[str, Any] | None
+    error: ResultError | None
+    request: Mapping[str, Any] | None = None
+    raw: bytes = field(default=b"", repr=False)
+
+    @property
+    def ok(self) -> bool:
+        return self.error is None
+
+    @property
+    def text(self) -> str | None:
+        """The (first) answer's text; None for a failure, or an endpoint that answers no text."""
+        return _text(self.body) if self.ok and self.body else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """`stop`, `length` or another, where the endpoint says so."""
+        choice = _first(self.body, "choices") if self.ok else None
+        return choice.get("finish_reason") if choice else None
+
+    def tokens(self, kind: str) -> int | None:
+        """`prompt` or `completion` tokens, where the answer counts them."""
+        usage = (self.body or {}).get("usage") or {}
+        other = {"prompt": "input_tokens", "completion": "output_tokens"}[kind]
+        value = usage.get(f"{kind}_tokens", usage.get(other))
+        return value if isinstance(value, int) else None
+
+    def json(self) -> Any:
+        """The answer's text, parsed as JSON; a code fence around it is taken off.
+
+        Raises:
+            ValueError: there is no text, or it isn't JSON.
+        """
+        if self.text is None:
+            raise ValueError("there is no answer")
+        return orjson.loads(_without_fence(self.text))
+
+
+def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
+    """From a line of the results."""
+    said = orjson.loads(line)
+    response, error = said.get("response"), said.get("error")
+    status = None if response is None else response["status_code"]
+    body = None if response is None else response["body"]
+    problem = None
+    if error is not None:
+        problem = ResultError(error.get("code") or "error", error["message"], status)
+    elif response is None:
+        problem = ResultError("no_response", "The request has no response.")
+    elif status is not None and status >= 400:
+        detail = (body or {}).get("error") or {}
+        code = detail.get("code") or detail.get("type") or status
+        problem = ResultError(str(code), str(detail.get("message") or f"status {status}"), status)
+    return Result(said["custom_id"], status, body, problem, request, line)
+
+
+def joined(results: Iterator[bytes], requests: Iterator[bytes]) -> Iterator[Result]:
+    """Each result with its request. Both come in input order; of the results, some may be missing.
+
+    Raises:
+        BadRequest: a result's request isn't there: these are not the batch's requests.
+    """
+    for line in results:
+        result = result_of(line)
+        for asked in requests:
+            request = orjson.loads(asked)
+            if request["custom_id"] == result.custom_id:
+                yield result_of(line, request)
+                break
+        else:
+            raise BadRequest(
+                f"The request {result.custom_id!r} is not in the input, or not in the order of "
+                "the results: is it the file that the batch was made of?"
+            )
+
+
+def content(
+    connection: Connection, path: str, params: Mapping[str, Any], *, may_go_on: bool = True
+) -> Iterator[bytes]:
+    """A download in pieces; goes on where it broke.
+
+    Raises:
+        ServerUnreachable: it broke again and again, or `may_go_on` is false.
+    """
+    received, etag, num_breaks = 0, "", 0
+    while True:
+        headers = {"range": f"bytes={received}-"} if received else {}
+        if received and etag:
+            headers["if-range"] = etag
+        before = received
+        try:
+            with connection.stream(path, params=params, headers=headers) as answer:
+                if answer.headers.get("x-results-complete") == "false":
+                    may_go_on = False  # their order is another one once the batch has finished
+                etag = answer.headers.get("etag", "")
+                skip = received if answer.status_code != httpx.codes.PARTIAL_CONTENT else 0
+                for block in answer.iter_bytes():
+                    fresh = block[skip:]
+                    skip -= min(skip, len(block))
+                    if fresh:
+                        received += len(fresh)
+                        yield fresh
+                return
+        except (httpx.TransportError, ServerUnreachable, StoreUnavailable) as error:
+            num_breaks = 1 if received > before else num_breaks + 1
+            if not may_go_on or num_breaks > len(PAUSES_S):
+                if isinstance(error, BatchAppError):
+                    raise
+                raise ServerUnreachable(
+                    f"The connection to {connection.url} broke: {error}."
+                ) from error
+            connection.pause(PAUSES_S[num_breaks - 1])
+
+
+def lines_of(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines that aren't blank, without their line feeds."""
+    rest = b""
+    for block in blocks:
+        *whole, rest = (rest + block).split(b"\n")
+        yield from filter(None, whole)
+    if rest.strip():
+        yield rest
+
+
+def _first(body: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
+    items = (body or {}).get(name)
+    if isinstance(items, list) and items and isinstance(items[0], dict):
+        return items[0]
+    return None
+
+
+def _text(body: Mapping[str, Any]) -> str | None:
+    choice = _first(body, "choices")
+    if choice is not None:  # chat and completions
+        text = choice.get("text", (choice.get("message") or {}).get("content"))
+        return text if isinstance(text, str) else None
+    if body.get("object") == "response":
+        parts = [
+            part.get("text", "")
+            for item in body.get("output") or []
+            if item.get("type") == "message"
+            for part in item.get("content") or []
+            if part.get("type") == "output_text"
+        ]
+        return "".join(parts) if parts else None
+    return None
+
+
+def _without_fence(text: str) -> str:
+    text = text.strip()
+    if text.startswith("```") and text.endswith("```") and "\n" in text:
+        return text.split("\n", 1)[1][:-3].strip()
+    return text
