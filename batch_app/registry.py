@@ -106,6 +106,19 @@ class ModelRegistry:
         return name in self._by_name
 
 
+class AnyModel(ModelRegistry):
+    """A registry that knows every name: for checks where there is none."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+
+    def get(self, name: str) -> ModelEntry:
+        return ModelEntry(name=name, source=name)
+
+    def knows(self, name: str) -> bool:
+        return True
+
+
 def _with_absolute_source(entry: ModelEntry, base: Path) -> ModelEntry:
     folder = base / Path(entry.source).expanduser()
     if not folder.is_dir():

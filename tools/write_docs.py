@@ -1,4 +1,4 @@
-"""Write the documents that are made: settings.md from the code, reliability.md from a report.
+"""Write the documents that are made: settings.md and command_line.md from the code, reliability.md from a report.
 
 python tools/write_docs.py            write them
 python tools/write_docs.py --check    exit with 1 if one of them is out of date
@@ -8,8 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import typer
+import typer.main
+
+from batch_app.cli import app
+from batch_app.cli.exit_codes import MEANINGS
 from batch_app.config import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +108,45 @@ def reliability_page() -> str:
     )
 
 
+COMMANDS_HEAD = """\
+# The command line
+
+`vllm-batch COMMAND --help` says the same as this page, which is made by `tools/write_docs.py`.
+
+Data goes to standard output, messages and progress to standard error. Off a terminal there are no
+bars and no colours, nor with `NO_COLOR`. Most commands answer in JSON with `--json`.
+`vllm-batch --install-completion` sets up the completion of commands, options and ids of batches.
+
+Commands for batches ask the server of this machine, where its settings have it listen. Another one:
+`--server` or `VLLM_BATCH_SERVER`; with an API key: `VLLM_BATCH_API_KEY` or `--api-key`.
+
+## Exit codes
+
+| code | meaning |
+|---|---|
+"""
+
+
+def command_line_page() -> str:
+    """docs/command_line.md, from the program's own help."""
+    codes = "".join(f"| {code.value} | {meaning} |\n" for code, meaning in MEANINGS.items())
+    program = typer.main.get_command(app)
+    return COMMANDS_HEAD + codes + "".join(_commands(program, "vllm-batch"))
+
+
+def _commands(command: Any, path: str) -> Iterator[str]:
+    for name, inner in getattr(command, "commands", {}).items():
+        inner_path = f"{path} {name}"
+        if hasattr(inner, "commands"):
+            yield from _commands(inner, inner_path)
+            continue
+        context = typer.Context(inner, info_name=inner_path, max_content_width=90)
+        context.terminal_width = 90
+        yield f"\n## {inner_path}\n\n```text\n{inner.get_help(context).rstrip()}\n```\n"
+
+
 PAGES = {
+    ROOT / "docs" / "command_line.md": command_line_page,
     ROOT / "docs" / "settings.md": settings_page,
     ROOT / "docs" / "reliability.md": reliability_page,
 }

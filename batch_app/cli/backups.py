@@ -22,7 +22,7 @@ def backup(
     database_url: DatabaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Copy database and files to a folder, also while server and worker run."""
+    """Copy database and files to a folder. Also while server and worker run."""
     from batch_app.backup import back_up
     from batch_app.config import load_settings
     from batch_app.files import DataDir

@@ -11,6 +11,8 @@ from batch_app.errors import (
     Conflict,
     Forbidden,
     NotFound,
+    ServerFailed,
+    ServerUnreachable,
     StoreUnavailable,
     TooMany,
     Unauthenticated,
@@ -57,6 +59,8 @@ _CODES: Mapping[type[BatchAppError], ExitCode] = {
     Forbidden: ExitCode.DENIED,
     Conflict: ExitCode.CONFLICT,
     TooMany: ExitCode.CONFLICT,
+    ServerUnreachable: ExitCode.UNAVAILABLE,
+    ServerFailed: ExitCode.UNAVAILABLE,
     StoreUnavailable: ExitCode.UNAVAILABLE,
 }
 

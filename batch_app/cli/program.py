@@ -8,7 +8,17 @@ import typer
 from typer.core import TyperGroup
 
 from batch_app import __version__
-from batch_app.cli import backups, estimates, keys, run, servers
+from batch_app.cli import (
+    backups,
+    batches,
+    estimates,
+    keys,
+    results,
+    run,
+    servers,
+    submit,
+    watch,
+)
 from batch_app.cli.exit_codes import ExitCode, code_of
 from batch_app.cli.terminal import say
 from batch_app.errors import BadLines, BatchAppError
@@ -46,9 +56,13 @@ class Program(TyperGroup):
 
 def say_error(error: BatchAppError) -> None:
     """Tell what went wrong, with the first of the bad lines where it was some."""
-    say(f"❌ {error.message}")
     if not isinstance(error, BadLines):
+        say(f"❌ {error.message}")
         return
+    message = error.message
+    if error.errors and error.errors[0].message in message:  # it stands below
+        message = f"The input can't run, {error.num_errors:,} errors in it. Nothing was queued."
+    say(f"❌ {message}")
     for bad in error.errors[:MAX_LINES_SHOWN]:
         where = f"line {bad.line}: " if bad.line else ""
         say(f"   {where}{bad.message}")
@@ -85,6 +99,10 @@ def _root(
 
 # In the order in which `--help` shows them. A module's commands become commands of the program;
 # those of one that is added under a name, of that name.
+app.add_typer(submit.app)
+app.add_typer(batches.app)
+app.add_typer(watch.app)
+app.add_typer(results.app)
 app.add_typer(run.app)
 app.add_typer(estimates.app)
 app.add_typer(servers.app)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import shutil
 import sys
 import tempfile
 import zlib
@@ -96,23 +95,35 @@ class Source:
         Raises:
             BadRequest: it can't be read, or unpacked.
         """
-        with self._opened() as file:
+        with self.opened() as file:
             yield from _blocks(file)
 
     def lines(self) -> Iterator[bytes]:
         """The lines that aren't blank, without their ends."""
-        with self._opened() as file:
+        with self.opened() as file:
             for line in file:
                 if stripped := line.strip():
                     yield stripped
 
-    def copy_to(self, target: Path) -> None:
-        """Write the unpacked content to a file."""
-        with self._opened() as file, target.open("wb") as copy:
-            shutil.copyfileobj(file, copy, BLOCK_BYTES)
+    @contextmanager
+    def seekable(self) -> Iterator[IO[bytes]]:
+        """The unpacked content, as a file that can be read in any order."""
+        with self._raw() as raw:
+            is_packed = raw.read(4).startswith((_GZIP, _ZSTD))
+            raw.seek(0)
+            if not is_packed:
+                yield raw
+                return
+        with Source.spooled(self.name, self.blocks()) as unpacked, unpacked.seekable() as file:
+            yield file
 
     @contextmanager
-    def _opened(self) -> Iterator[IO[bytes]]:
+    def opened(self) -> Iterator[IO[bytes]]:
+        """The unpacked content, from its beginning.
+
+        Raises:
+            BadRequest: it can't be read, or unpacked.
+        """
         try:
             with self._raw() as raw:
                 magic = raw.read(4)

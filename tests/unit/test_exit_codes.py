@@ -12,6 +12,8 @@ from batch_app.errors import (
     Conflict,
     Forbidden,
     ModelNotFound,
+    ServerFailed,
+    ServerUnreachable,
     StoreUnavailable,
     Unauthenticated,
 )
@@ -26,6 +28,8 @@ from batch_app.errors import (
         (Forbidden("m"), 5),
         (Conflict("m"), 6),
         (StoreUnavailable("m"), 7),
+        (ServerUnreachable("m"), 7),
+        (ServerFailed("m", status=500), 7),
         (ConfigError("m"), 1),
     ],
 )
