@@ -1,4 +1,5 @@
-"""Write the documents that are made: settings.md and command_line.md from the code, reliability.md from a report.
+"""Write the documents that are made: settings.md and command_line.md from the code, others from
+reports.
 
 python tools/write_docs.py            write them
 python tools/write_docs.py --check    exit with 1 if one of them is out of date

@@ -41,7 +41,7 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="The model that answers, as `models list` names it.",
+        help="The model that answers, by the registry's name or an alias.",
         show_default="each line's own body.model",
     ),
 ]

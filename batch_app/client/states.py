@@ -141,8 +141,8 @@ def _estimate(body: Mapping[str, Any] | None) -> Estimate | None:
     return Estimate(
         duration_s=body["estimated_seconds"],
         completion_at=_moment(body.get("estimated_completion")),
-        low_s=body.get("low_seconds"),
-        high_s=body.get("high_seconds"),
+        low_s=body.get("low_s"),
+        high_s=body.get("high_s"),
     )
 
 

@@ -326,7 +326,7 @@ def requests_of(table: Table, prompt: Prompt) -> Source:
                 if len(errors) < MAX_ERRORS_KEPT:
                     where = f", column {bad.column!r}" if bad.column else ""
                     errors.append(
-                        LineError("invalid_row", f"row {row.number}{where}: {bad.problem}.")
+                        LineError("invalid_request", f"row {row.number}{where}: {bad.problem}.")
                     )
                 continue
             num_requests += 1

@@ -89,7 +89,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
         site.start_worker()
         wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, what="the server is well")
         clone = tmp_path / "clone"
-        environment = prepared(clone, site)
+        environment = prepared(clone, site) | {"VLLM_BATCH_SERVER": url}
         for block in blocks(page):
             if block.not_run:
                 continue

@@ -29,6 +29,8 @@ BATCH_FIELDS = [
     "pause_reason",
     "webhook",
     "provenance",
+    "input_file_id",
+    "usage",
 ]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
@@ -70,7 +72,7 @@ def test_submission_with_requests(api: Api) -> None:
     assert TIME.fullmatch(batch["created_at"])
     created_at = datetime.fromisoformat(batch["created_at"]).replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=1)
-    unset = {*BATCH_FIELDS[5:11], "pause_reason", "webhook", "provenance"}
+    unset = {*BATCH_FIELDS[5:11], "pause_reason", "webhook", "provenance", "usage"}
     assert {name for name in batch if batch[name] is None} == unset
     estimate = batch["estimate"]
     completion = datetime.strptime(estimate.pop("estimated_completion"), "%Y-%m-%dT%H:%M:%S%z")
