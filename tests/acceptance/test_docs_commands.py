@@ -70,7 +70,7 @@ def prepared(root: Path, site: Site) -> dict[str, str]:
 def for_this_site(text: str, site: Site, url: str) -> str:
     """The block's commands, for this server, for a model that needs no engine, with real ids."""
     text = text.replace("http://localhost:8080", url)
-    text = text.replace("model=demo", "model=sim").replace("--model demo", "--model sim")
+    text = re.sub(r"(model=|--model |bench )demo\b", r"\1sim", text)
     if BATCH_ID.search(text):
         newest = site.store.list_batches(limit=1)[0][0]
         if "/results" in text:
