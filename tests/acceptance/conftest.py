@@ -53,9 +53,10 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield from _running(tmp_path_factory, "waiting", workers=0)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One headless browser for all tests of the pages."""
+    """One headless browser for a module's tests. Not for longer: while it is open, its driver has
+    an event loop running in this thread, and no other test could run one."""
     with browser.started() as running:
         yield running
 
