@@ -44,7 +44,7 @@ OPEN_PATHS = frozenset(
 )
 OPEN_FOLDERS = ("/static-offline-docs/", "/static/")
 #: What tells of everybody's work, or gives others access to it.
-ADMIN_PATHS = frozenset({"/metrics", "/keys"})
+ADMIN_PATHS = frozenset({"/metrics", "/keys", "/v1/benchmarks"})
 ADMIN_FOLDERS = ("/keys/",)
 #: What everybody may do who has come in.
 UNSCOPED_PATHS = frozenset({"/sign-out"})

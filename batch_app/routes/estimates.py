@@ -93,7 +93,8 @@ def list_benchmarks(
     model: str | None = Query(None, description="Only of this model, or alias."),
     limit: int = Query(DEFAULT_LIMIT, ge=1, le=MAX_LIMIT),
 ) -> Response:
-    """What was measured: the records that estimates rest on, newest first."""
+    """What was measured: the records that estimates rest on, newest first. They are of everybody's
+    batches: with API keys, the scope `admin` is needed."""
     own = services(request)
     name = own.registry.get(model).name if model is not None else None
     return json_answer(benchmark_list_body(own.benchmarks.all(name), limit))

@@ -161,7 +161,7 @@ ROUTES: dict[str, Ask] = {
     "POST /v1/estimate": Ask(
         Belongings.file, lambda own, thing: {"json": {"input_file_id": thing}}
     ),
-    "GET /v1/benchmarks": Ask(),
+    "GET /v1/benchmarks": Ask(admin_only=True),  # as the page of the models has it
     "POST /v1/files": Ask(None, lambda own, thing: FORM | {"data": {"purpose": "batch"}}),
     "GET /v1/files": Ask(Belongings.file, lists="/v1/files"),
     "GET /v1/files/{file_id}": Ask(Belongings.file),
