@@ -21,10 +21,12 @@ class Running:
     url: str
 
 
-def _running(tmp: pytest.TempPathFactory, name: str, workers: int) -> Iterator[Running]:
+def _running(
+    tmp: pytest.TempPathFactory, name: str, workers: int, lease_s: float
+) -> Iterator[Running]:
     site = Site(
         tmp.mktemp(name),
-        lease_s=5.0,
+        lease_s=lease_s,
         heartbeat_s=0.3,
         poll_interval_s=0.2,
         commit_interval_s=0.05,
@@ -44,13 +46,13 @@ def _running(tmp: pytest.TempPathFactory, name: str, workers: int) -> Iterator[R
 @pytest.fixture(scope="session")
 def working(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """An API server and a worker with the simulated engine."""
-    yield from _running(tmp_path_factory, "working", workers=1)
+    yield from _running(tmp_path_factory, "working", workers=1, lease_s=60.0)
 
 
 @pytest.fixture(scope="session")
 def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """An API server without a worker: what is queued stays queued."""
-    yield from _running(tmp_path_factory, "waiting", workers=0)
+    yield from _running(tmp_path_factory, "waiting", workers=0, lease_s=5.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from batch_app.keys import Scope, new_key
 from batch_app.store import Store
 from integration.api_fixtures import ServerProcess
 from support.browser import PHONE, Tab
-from support.site import Site, echo_line
+from support.site import ENDLESS, Site, echo_line
 
 NO_SUCH_BATCH = "/batches/batch_000000000000000000000000"
 HOSTILE = '<img src=x onerror="document.title=1">"\'&\u202e{{7*7}}'
@@ -132,7 +132,7 @@ def test_the_estimate_stands_before_the_queue(tab: Tab) -> None:
 
 
 def test_cancel_by_keyboard(tab: Tab, working: Running) -> None:
-    batch_id = submitted(working.url, jsonl(3000), "slow")
+    batch_id = submitted(working.url, jsonl(ENDLESS), "endless")
     page = tab.go(f"/batches/{batch_id}")
     page.wait_for_selector("article[data-state=running]")
     page.focus("#confirm-cancel summary")
@@ -178,14 +178,14 @@ def test_what_failed_is_grouped_and_retried(tab: Tab, working: Running) -> None:
 def test_the_queue_follows_what_happens(tab: Tab, working: Running) -> None:
     page = tab.go("/")
     page.wait_for_function("() => connection.isReady")
-    batch_id = submitted(working.url, jsonl(600), "slow", name="live.jsonl")
+    batch_id = submitted(working.url, jsonl(ENDLESS), "endless", name="live.jsonl")
     row = f"[data-batch={batch_id}]"
     page.wait_for_selector(f"{row}[data-state=running]")
     page.wait_for_function(f"() => document.querySelector('{row} progress').value > 0")
     waiting = submitted(working.url, jsonl(3))
-    page.wait_for_selector(f"[data-batch={waiting}][data-state=queued] .note")
-    assert "Next in line" in page.inner_text(f"[data-batch={waiting}]")
-    page.wait_for_selector(f"{row}[data-state=completed]")
+    page.wait_for_selector(f"[data-batch={waiting}][data-state=queued] .note >> text=Next in line")
+    httpx.post(f"{working.url}/v1/batches/{batch_id}/cancel", timeout=60).raise_for_status()
+    page.wait_for_selector(f"{row}[data-state=cancelled]")
     page.wait_for_selector(f"[data-batch={waiting}][data-state=completed]")
 
 

@@ -19,6 +19,8 @@ ARGUMENTS = [
 ]
 DESK = {"width": 1400, "height": 900}
 PHONE = {"width": 390, "height": 844}
+#: How long a page may take until it shows what a test waits for: longer than a busy machine needs.
+PATIENCE_S = 90
 
 
 def chromium() -> str:
@@ -48,6 +50,7 @@ class Tab:
 
     def __init__(self, browser: Any, url: str, **options: Any) -> None:
         self.context = browser.new_context(base_url=url, **{"viewport": DESK, **options})
+        self.context.set_default_timeout(PATIENCE_S * 1000)
         self.page = self.context.new_page()
         self.complaints: list[str] = []
         self.page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))

@@ -25,10 +25,13 @@ from support.waiting import wait_for
 REPO = Path(__file__).parents[2]
 LISTENING = "Uvicorn running on "
 
-#: What the simulated models of a site are called, and their engine arguments.
+#: What the simulated models of a site are called, and their engine arguments. `endless` answers
+#: three requests a second at most: a batch of `ENDLESS` outlives every test, however fast or slow
+#: the machine. Who starts one cancels it.
 SIM_MODELS: dict[str, dict[str, Any]] = {
     "sim": {},
     "slow": {"decode_step_s": 0.02, "max_num_seqs": 16},
+    "endless": {"decode_step_s": 0.1, "max_num_seqs": 1},
     "tiny-context": {"max_model_len": 5},
     "unloadable": {"fail_load": "No such weights."},
     "mortal": {"die_after": 300, "max_num_seqs": 16},
@@ -37,6 +40,7 @@ SIM_MODELS: dict[str, dict[str, Any]] = {
     "delicate": {"poison": "arsenic", "max_num_seqs": 16, "decode_step_s": 0.001},
     "small-memory": {"memory_seqs": 5, "max_num_seqs": 16, "decode_step_s": 0.001},
 }
+ENDLESS = 2000
 
 
 def registry_text() -> str:
