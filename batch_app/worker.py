@@ -32,6 +32,7 @@ from batch_app.config import Settings, load_settings
 from batch_app.core import Batch, BatchStatus, Choice, Waiting
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.prefetch import Prefetch
+from batch_app.engine.process import EngineProcess
 from batch_app.engine.slot import EngineSlot
 from batch_app.engine.watch import EngineReading, EngineWatch
 from batch_app.errors import (
@@ -73,7 +74,9 @@ class Worker:
         *,
         stop: threading.Event,
         clock: Callable[[], datetime] | None = None,
+        ready: EngineProcess | None = None,
     ) -> None:
+        """`ready`: an engine process that was started already, for the first model."""
         clock = clock or DueClock()
         self.id = new_id("worker")
         self._settings = settings
@@ -91,6 +94,7 @@ class Worker:
             LoweredLimits(self._data.lowered_limits_file),
             self._count_load,
             self._count_lost,
+            ready,
         )
         self._watch = EngineWatch(self._slot)
         self._benchmarks = BenchmarkFolder(settings.benchmarks_dir)
@@ -136,7 +140,7 @@ class Worker:
         finally:
             self._notifier.stopping()
             self._prefetch.stop()
-            self._slot.unload()
+            self._slot.close()
             self._stop.set()
             heart.join()
             self._leave()

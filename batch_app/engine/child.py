@@ -1,13 +1,15 @@
-"""The engine process: `python -m batch_app.engine.child FD NETWORK`, started by `engine.host`.
+"""The engine process: `python -m batch_app.engine.child FD NETWORK ENGINE`; see `engine.process`.
 
 Holds one engine for one model. Ends when its channel does, so it never outlives its worker, even
 when that is killed and even when the engine itself hangs: a thread of its own watches the channel.
 With `isolated` as NETWORK it is in a network of its own (`engine.isolation`), with `host` in the
-machine's.
+machine's. With a name as ENGINE it imports that engine's libraries at once, before it is told what
+to load.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -64,13 +66,24 @@ def make_engine(spec: ModelSpec) -> Engine:
     return engine
 
 
-def serve(channel: Channel, not_isolated: str = "") -> int:
+def get_ready(engine: str) -> None:
+    """Import what this engine needs. What isn't there is said by `load`, to somebody who waits."""
+    with contextlib.suppress(ImportError):
+        module = importlib.import_module(ENGINES[engine][0])
+        if hasattr(module, "import_libraries"):
+            module.import_libraries()
+
+
+def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> int:
     """Load what the first message says, then work until the channel ends. Returns an exit code.
 
+    `engine_name`: what it is going to be, if that is known already.
     `not_isolated`: why this process has no network of its own, although it should; to be told.
     """
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    if engine_name in ENGINES:
+        get_ready(engine_name)
     first = inbox.get()
     if not isinstance(first, Load):
         return 2
@@ -136,7 +149,7 @@ def _isolate() -> str:
 
 
 def main() -> int:
-    descriptor, network = int(sys.argv[1]), sys.argv[2]
+    descriptor, network, engine_name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     not_isolated = _isolate() if network == "isolated" else ""
     # A second line behind `_listen`. After the isolation: new credentials end such a wish.
     die_with_parent()
@@ -145,7 +158,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
-        return serve(channel, not_isolated)
+        return serve(channel, engine_name, not_isolated)
     except BatchAppError as error:
         channel.send(Fatal(error.message, getattr(error, "exit_code", None)))
         return 1

@@ -1,8 +1,6 @@
 """An engine in a process of its own, seen from the worker: the same interface, one step removed.
 
-Adds what only the outside can do: notice that the engine died or hangs, and kill it. The process is
-the head of its own process group (Ctrl-C in the terminal doesn't reach it, and killing the group
-leaves nothing behind), inherits no credentials, and writes its output to a log file.
+Adds what only the outside can do: notice that the engine died or hangs, and kill it.
 """
 
 from __future__ import annotations
@@ -11,14 +9,10 @@ import contextlib
 import logging
 import os
 import queue
-import re
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -47,6 +41,7 @@ from batch_app.engine.channel import (
 )
 from batch_app.engine.fetch import local_folder
 from batch_app.engine.memory import num_oom_kills, says_out_of_memory
+from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import (
     EngineDied,
     EngineHung,
@@ -60,22 +55,11 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.2
 _DUMP_GRACE_S = 1.0
 _LOG_TAIL_BYTES = 4096
-_MAX_LOG_BYTES = 16 << 20
 NOT_ISOLATED = (
     "The engine has no network of its own (%s): where it listens on 127.0.0.1, every user of this "
     "machine can connect to it. Allow the worker network namespaces, or set engine_network=host "
     "to accept this without a warning. See docs/security.md."
 )
-_CREDENTIAL = re.compile(
-    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE|OTEL)_",
-    re.I,
-)
-
-
-def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the engine process gets of this environment: no credentials, no way to the hub."""
-    kept = {name: value for name, value in environment.items() if not _CREDENTIAL.search(name)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
 class EngineHost(Engine):
@@ -83,6 +67,7 @@ class EngineHost(Engine):
 
     `isolated`: in a network of its own, where the kernel allows it; where not, a warning says so.
     `interrupted` is asked while the model loads; when it answers True, loading is given up.
+    `ready`: a process to take instead of a new one, if it has the network that is asked for.
     Loading and collecting belong to one thread, as with every engine.
     """
 
@@ -95,6 +80,7 @@ class EngineHost(Engine):
         hang_s: float = 300.0,
         isolated: bool = True,
         interrupted: Callable[[], bool] = lambda: False,
+        ready: EngineProcess | None = None,
     ) -> None:
         self.spec = spec
         self.info: EngineInfo | None = None
@@ -103,16 +89,14 @@ class EngineHost(Engine):
         self._log_path = log_path
         self._start_timeout_s = start_timeout_s
         self._hang_s = hang_s
-        self._network = "isolated" if isolated else "host"
+        self._network: Network = "isolated" if isolated else "host"
         self._interrupted = interrupted
-        self._process: subprocess.Popen[bytes] | None = None
-        self._channel: Channel | None = None
+        self._ready = ready
+        self._process: EngineProcess | None = None
         self._inbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._stats = EngineStats()
         self._in_flight: set[int] = set()
         self._last_progress = 0.0
-        self._log_start = 0
-        self._oom_kills_before = 0
 
     @property
     def pid(self) -> int | None:
@@ -186,7 +170,7 @@ class EngineHost(Engine):
             self._check_hang()
         else:
             # Nothing is awaited; a last reading, or the engine's end, may have come all the same.
-            while not outcomes and self._channel is not None and self._next(0) is not None:
+            while not outcomes and self._process is not None and self._next(0) is not None:
                 pass
         return outcomes
 
@@ -204,53 +188,32 @@ class EngineHost(Engine):
         return time.monotonic() - self._last_progress if self._in_flight else 0.0
 
     def close(self) -> None:
-        process, channel = self._process, self._channel
-        self._process = self._channel = None
+        process, self._process = self._process, None
         self._in_flight.clear()
-        if channel is not None:
-            channel.close()  # the engine process ends itself at that
         if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=5.0)
-            # Also its own children, if it had any: none may keep the device's memory.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.close()
 
     # -- inside --------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        self._log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self._log_path.exists() and self._log_path.stat().st_size > _MAX_LOG_BYTES:
-            self._log_path.replace(self._log_path.with_suffix(".log.1"))
-        self._oom_kills_before = num_oom_kills()
-        with self._log_path.open("ab") as log:
-            self._log_start = log.tell()
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "batch_app.engine.child"),
-                    *(str(theirs.fileno()), self._network),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(theirs.fileno(),),
-                env=engine_environment(os.environ),
-                start_new_session=True,
-            )
-        theirs.close()
-        self._channel = Channel(ours)
+        ready, self._ready = self._ready, None
+        if ready is not None and ready.network != self._network:
+            ready.close()
+            ready = None
+        self._process = ready or EngineProcess(self._log_path, self._network)
         self._inbox = queue.SimpleQueue()
         threading.Thread(
-            target=_listen, args=(self._channel, self._inbox), name="engine-channel", daemon=True
+            target=_listen,
+            args=(self._process.channel, self._inbox),
+            name="engine-channel",
+            daemon=True,
         ).start()
 
     def _send(self, message: ToEngine) -> None:
-        if self._channel is None:
+        if self._process is None:
             raise EngineDied("The engine is not running.")
         try:
-            self._channel.send(message)
+            self._process.channel.send(message)
         except OSError:
             raise self._died() from None
 
@@ -275,12 +238,7 @@ class EngineHost(Engine):
         return message
 
     def _died(self) -> EngineDied:
-        process = self._process
-        exit_code = None
-        if process is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                exit_code = process.wait(timeout=5.0)
-        self.close()
+        exit_code = self._process.wait() if self._process is not None else None
         how = f"exit code {exit_code}"
         if exit_code is not None and exit_code < 0:
             with contextlib.suppress(ValueError):
@@ -288,18 +246,22 @@ class EngineHost(Engine):
         kind: type[EngineDied] = EngineDied
         if self._ran_out_of_memory(exit_code):
             kind, how = EngineOutOfMemory, f"out of memory, {how}"
+        self.close()
         return kind(
             f"The engine process ended ({how}); its output is in {self._log_path}.",
             exit_code=exit_code,
         )
 
     def _ran_out_of_memory(self, exit_code: int | None) -> bool:
+        process = self._process
+        if process is None:
+            return False
         if exit_code == -signal.SIGKILL:  # nothing can be said after that; the kernel keeps count
-            return num_oom_kills() > self._oom_kills_before
+            return num_oom_kills() > process.oom_kills_before
         try:
             with self._log_path.open("rb") as log:
                 end = log.seek(0, os.SEEK_END)
-                log.seek(max(self._log_start, end - _LOG_TAIL_BYTES))
+                log.seek(max(process.log_start, end - _LOG_TAIL_BYTES))
                 return says_out_of_memory(log.read().decode(errors="replace"))
         except OSError:
             return False
@@ -317,12 +279,9 @@ class EngineHost(Engine):
         )
 
     def _dump_stacks(self) -> None:
-        """Have the engine write what its threads are doing to its log."""
         if self._process is not None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGUSR1)  # its core too
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=_DUMP_GRACE_S)
+            self._process.dump_stacks()
+            self._process.wait(_DUMP_GRACE_S)
 
 
 def _has_progressed(before: EngineStats, now: EngineStats) -> bool:

@@ -15,6 +15,7 @@ from batch_app.engine.base import EngineInfo, EngineStats, ModelSpec
 from batch_app.engine.host import EngineHost
 from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
+from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import EngineDied, EngineLoadError
 from batch_app.registry import ModelEntry
 
@@ -42,15 +43,17 @@ class EngineSlot:
         lowered: LoweredLimits,
         on_load: Callable[[str, float | None], None] = lambda *_: None,
         on_lost: Callable[[str], None] = lambda _: None,
+        ready: EngineProcess | None = None,
     ) -> None:
         """`on_load` is told of every attempt: the model, and its seconds; None where it failed.
-        `on_lost`: of every engine that died or hung at work."""
+        `on_lost`: of every engine that died or hung at work. `ready`: for the first engine."""
         self._settings = settings
         self._log_path = log_path
         self._interrupted = interrupted
         self._lowered = lowered
         self._on_load = on_load
         self._on_lost = on_lost
+        self._ready = ready
         self._entry: ModelEntry | None = None
         self._host: EngineHost | None = None
 
@@ -141,18 +144,15 @@ class EngineSlot:
                 return host, info
 
     def _make_host(self, spec: ModelSpec) -> EngineHost:
-        loads_media = bool(self._settings.media_domains)
+        ready, self._ready = self._ready, None
         return EngineHost(
             spec,
             log_path=self._log_path,
             start_timeout_s=self._settings.engine_start_timeout_s,
             hang_s=self._settings.engine_hang_s,
-            isolated=(
-                self._settings.engine_network == "isolated"
-                and not loads_media
-                and not needs_network(spec.engine_args)
-            ),
+            isolated=network_for(spec, self._settings) == "isolated",
             interrupted=self._interrupted,
+            ready=ready,
         )
 
     def unload(self) -> None:
@@ -160,3 +160,17 @@ class EngineSlot:
         if self._host is not None:
             self._host.close()
         self._host = self._entry = None
+
+    def close(self) -> None:
+        """As `unload`, and end the process that stood ready."""
+        self.unload()
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.close()
+
+
+def network_for(spec: ModelSpec, settings: Settings) -> Network:
+    """Its own, unless the settings or what it does ask for the machine's."""
+    own = settings.engine_network == "isolated"
+    own = own and not settings.media_domains and not needs_network(spec.engine_args)
+    return "isolated" if own else "host"

@@ -83,6 +83,22 @@ class _Body(msgspec.Struct):
 _decode_usage = msgspec.json.Decoder(_Body).decode
 
 
+def import_libraries() -> None:
+    """What `load` imports before it reads a model, done ahead of it. Raises ImportError."""
+    _set_environment()
+
+    import batch_app.engine.vllm_client
+    import batch_app.engine.vllm_core
+    import batch_app.engine.vllm_serving  # noqa: F401
+
+
+def _set_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # The core is a process of its own already; vLLM's would be one more, started slowly.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
 class VllmEngine(Engine):
     """vLLM with one model. The thread that calls `load` is the one to call everything else."""
 
@@ -102,10 +118,7 @@ class VllmEngine(Engine):
 
     def load(self) -> EngineInfo:
         started = time.monotonic()
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # The core is a process of its own already; vLLM's would be one more, started slowly.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        _set_environment()
         _check_source(self.spec.source)
         try:
             return self._load(started)

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from batch_app.config import Settings
 from batch_app.engine.base import Engine, EngineRequest, ModelSpec
-from batch_app.engine.host import EngineHost, engine_environment
+from batch_app.engine.host import EngineHost
+from batch_app.engine.limits import LoweredLimits
+from batch_app.engine.process import EngineProcess, engine_environment
 from batch_app.engine.sim import SimEngine
+from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineHung, EngineInterrupted, EngineLoadError
 from contract.engine_conformance import EngineConformance, EngineLifetime, chat, collect_all, run
 from support.waiting import wait_for
@@ -152,12 +156,57 @@ def test_the_engine_process_ends_with_its_channel(tmp_path: Path) -> None:
     pid = engine.pid
     assert pid
     engine.submit([chat(1)])
-    assert engine._channel
-    engine._channel.close()  # as when the worker is killed
-
-    def gone() -> bool:
-        assert engine._process
-        return engine._process.poll() is not None
-
-    wait_for(gone, timeout_s=10, what="the engine process ends although it hangs")
+    process = engine._process
+    assert process
+    process.channel.close()  # as when the worker is killed
+    wait_for(
+        lambda: process.wait(0) is not None,
+        timeout_s=60,
+        what="the engine process ends although it hangs",
+    )
     engine.close()
+
+
+# -- a process that stands ready before its model is known -----------------------------------------
+
+
+@pytest.mark.parametrize("named", ["sim", "", "abacus"])
+def test_an_engine_takes_the_process_that_stands_ready(tmp_path: Path, named: str) -> None:
+    log = tmp_path / "engine.log"
+    ready = EngineProcess(log, "isolated", named)
+    engine = EngineHost(spec(), log_path=log, ready=ready)
+    engine.load()
+    assert engine.pid == ready.pid
+    assert run(engine, chat(1))[0].status_code == 200
+    engine.close()
+    assert ready.wait(0) is not None
+
+
+def test_a_process_of_the_wrong_network_is_not_taken(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    ready = EngineProcess(log, "isolated", "sim")
+    engine = EngineHost(spec(), log_path=log, isolated=False, ready=ready)
+    engine.load()
+    assert engine.pid != ready.pid
+    assert ready.wait(0) is not None
+    engine.close()
+
+
+def test_a_process_that_stood_ready_and_died_is_an_engine_that_died(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    ready = EngineProcess(log, "isolated", "sim")
+    os.kill(ready.pid, signal.SIGKILL)
+    ready.wait()
+    with pytest.raises(EngineDied):
+        EngineHost(spec(), log_path=log, ready=ready).load()
+
+
+def test_a_slot_that_needed_no_engine_ends_the_one_that_stood_ready(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    ready = EngineProcess(log, "isolated", "sim")
+    lowered = LoweredLimits(tmp_path / "lowered.json")
+    slot = EngineSlot(Settings(), log, lambda: False, lowered, ready=ready)
+    slot.unload()
+    assert ready.wait(0) is None
+    slot.close()
+    assert ready.wait(0) is not None

@@ -20,7 +20,8 @@ import pytest
 
 from batch_app.core import Endpoint
 from batch_app.engine.base import Engine, EngineRequest, Outcome
-from batch_app.engine.host import EngineHost, engine_environment
+from batch_app.engine.host import EngineHost
+from batch_app.engine.process import engine_environment
 from batch_app.engine.vllm import VllmEngine
 from batch_app.engine.vllm_core import CoreFailed, CoreLoadFailed, start_core, unframed
 from batch_app.errors import EngineDied, EngineLoadError

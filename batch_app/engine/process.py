@@ -1,0 +1,97 @@
+"""The process of an engine, as the worker holds it: started, spoken to, ended.
+
+It is the head of its own process group (Ctrl-C in the terminal doesn't reach it, and killing the
+group leaves nothing behind), inherits no credentials, and writes its output to a log file. Which
+model it loads is said later: whoever knows beforehand that an engine is going to be needed starts
+the process at once, and it imports its libraries meanwhile. With vLLM that takes most of a load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from batch_app.engine.channel import Channel
+from batch_app.engine.memory import num_oom_kills
+
+Network = Literal["isolated", "host"]
+
+_END_S = 5.0
+_MAX_LOG_BYTES = 16 << 20
+_CREDENTIAL = re.compile(
+    r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL)($|_)|^(AWS|AZURE|GOOGLE|OTEL)_",
+    re.I,
+)
+
+
+def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the engine process gets of this environment: no credentials, no way to the hub."""
+    kept = {name: value for name, value in environment.items() if not _CREDENTIAL.search(name)}
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+class EngineProcess:
+    """A running engine process; it dies with the thread that makes this object.
+
+    `engine`: the registry's name of what it is going to be, imported at once; empty: wait to be
+    told. `network`: its own or the machine's, see `engine.isolation`.
+    """
+
+    def __init__(self, log_path: Path, network: Network, engine: str = "") -> None:
+        self.log_path = log_path
+        self.network: Network = network
+        ours, theirs = socket.socketpair()
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        if log_path.exists() and log_path.stat().st_size > _MAX_LOG_BYTES:
+            log_path.replace(log_path.with_suffix(".log.1"))
+        #: Of the machine, before it could have been killed for its memory.
+        self.oom_kills_before = num_oom_kills()
+        with log_path.open("ab") as log:
+            #: Where its own output begins, in bytes.
+            self.log_start = log.tell()
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "batch_app.engine.child"),
+                    *(str(theirs.fileno()), network, engine),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                env=engine_environment(os.environ),
+                start_new_session=True,
+            )
+        theirs.close()
+        self.channel = Channel(ours)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait(self, timeout_s: float = _END_S) -> int | None:
+        """Its exit code, None if it still runs after `timeout_s`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=timeout_s)
+        return None
+
+    def dump_stacks(self) -> None:
+        """Have it, and the processes under it, write what their threads are doing to the log."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGUSR1)
+
+    def close(self) -> None:
+        """End it and everything that it started."""
+        self.channel.close()  # the engine process ends itself at that
+        self.wait()
+        # Also its own children, if it had any: none may keep the device's memory.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
