@@ -31,6 +31,7 @@ class ExitCode(IntEnum):
     SOME_FAILED = 8
     NOT_COMPLETED = 9
     TIMED_OUT = 10
+    UNWELL = 11
     INTERRUPTED = 130
 
 
@@ -48,6 +49,7 @@ MEANINGS: Mapping[ExitCode, str] = {
     ExitCode.SOME_FAILED: "The batch is complete, but some of its requests failed.",
     ExitCode.NOT_COMPLETED: "The batch ended as `failed`, `cancelled` or `expired`.",
     ExitCode.TIMED_OUT: "The time that `--timeout` gave ran out. The batch goes on.",
+    ExitCode.UNWELL: "`doctor` or `models check` found something that keeps batches from running.",
     ExitCode.INTERRUPTED: "Ctrl-C. A batch on a server goes on.",
 }
 

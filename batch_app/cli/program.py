@@ -11,8 +11,10 @@ from batch_app import __version__
 from batch_app.cli import (
     backups,
     batches,
+    config,
     estimates,
     keys,
+    models,
     results,
     run,
     servers,
@@ -106,8 +108,10 @@ app.add_typer(results.app)
 app.add_typer(run.app)
 app.add_typer(estimates.app)
 app.add_typer(servers.app)
+app.add_typer(models.app, name="models", rich_help_panel=servers.SECTION)
 app.add_typer(keys.app, name="keys", rich_help_panel=servers.SECTION)
 app.add_typer(backups.app)
+app.add_typer(config.app, name="config", rich_help_panel=servers.SECTION)
 
 
 def main() -> None:

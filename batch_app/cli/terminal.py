@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from batch_app.doctor.finding import Finding
+
 _STYLES = {
     "completed": "green",
     "running": "cyan",
@@ -19,6 +21,8 @@ _STYLES = {
     "ok": "green",
     "problem": "red",
     "warning": "yellow",
+    "warn": "yellow",
+    "fail": "red",
 }
 
 
@@ -66,3 +70,18 @@ def show_facts(rows: Sequence[tuple[str, str]]) -> None:
             Text(value, _STYLES.get(value, "")),
             sep="",
         )
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """What was looked at, one a line, each with what to do about it beneath. Nothing is cut off."""
+    width = max((len(finding.subject) for finding in findings), default=0)
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in findings:
+        console.print(
+            Text(f"  {finding.state.ljust(4)}", _STYLES[finding.state]),
+            Text(f"  {finding.subject.ljust(width)}  ", style="bold"),
+            Text(finding.message),
+            sep="",
+        )
+        if finding.fix:
+            console.print(Text(f"{' ' * (width + 10)}fix: {finding.fix}"))
