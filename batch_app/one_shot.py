@@ -298,8 +298,8 @@ def main(
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(EXIT_AT_ONCE)  # the engine process ends itself when its channel closes
+        stop.set()  # before it is said: who then signals once more is understood
         _tell("Stopping: finishing what is in flight. Once more to stop at once.")
-        stop.set()
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

@@ -399,8 +399,8 @@ def run_worker(settings: Settings) -> int:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             os._exit(EXIT_AT_ONCE)  # the engine process ends itself when its channel closes
+        stop.set()  # before it is said: who then signals once more is understood
         _say("Stopping: finishing what is in flight. Once more to stop at once.")
-        stop.set()
 
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)

@@ -8,7 +8,9 @@ prompt) said back, so that a test can tell whose answer it holds.
 `prefill_token_s` and `decode_step_s` (seconds a prompt token, and an output token, take),
 `load_s`, `oom_above_seqs` (out of memory at the start with more requests side by side), and the
 faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` (it dies of a prompt
-with this word) and `memory_seqs` (for more at a time it has no memory).
+with this word) and `memory_seqs` (for more at a time it has no memory). With `hold_after` and
+`hold_while` it stands still after so many answers, as long as this file exists: what has to happen
+in the middle of a batch does, however fast or slow the machine.
 To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
@@ -49,12 +51,15 @@ _KNOWN_ARGS = frozenset(
         "fail_load",
         "die_after",
         "hang_after",
+        "hold_after",
+        "hold_while",
         "poison",
         "memory_seqs",
         "journal",
     }
 )
 _DEVICE = "simulated"
+_LOOK_EVERY_S = 0.01
 _ENDPOINTS = (Endpoint.CHAT_COMPLETIONS, Endpoint.COMPLETIONS)
 
 
@@ -122,6 +127,11 @@ class SimEngine(Engine):
         finished: list[Outcome] = []
         while self._waiting or self._running:
             now = time.monotonic()
+            if self._holds():
+                if now >= deadline:
+                    break
+                time.sleep(min(_LOOK_EVERY_S, deadline - now))
+                continue
             self._admit(now)
             while self._running and self._running[0][0] <= now:
                 finished.append(heapq.heappop(self._running)[2])
@@ -158,6 +168,15 @@ class SimEngine(Engine):
             heapq.heappush(self._running, (now + duration_s, request.number, outcome))
         if len(self._running) > self._spec.engine_args.get("memory_seqs", len(self._running)):
             raise EngineOutOfMemory("Out of memory, as the registry says.")
+
+    def _holds(self) -> bool:
+        args = self._spec.engine_args
+        after = args.get("hold_after")
+        return (
+            after is not None
+            and self._num_answers >= int(after)
+            and Path(str(args["hold_while"])).exists()
+        )
 
     def _count(self, outcome: Outcome) -> None:
         self._num_answers += 1

@@ -23,6 +23,8 @@ REPOSITORY = Path(__file__).parents[2]
 CPU_BLOCK_SIZE = 128
 GPU_BLOCK_SIZE = 16
 RUN_BATCH_BAR = "Running batch:"
+#: Where `resume` kills: this share of the requests is answered.
+KILL_AT = 0.9
 
 
 class Skipped(Exception):
@@ -51,6 +53,11 @@ class Job:
         return self.folder / "sorted.jsonl"
 
     @property
+    def hold(self) -> Path:
+        """While it exists, the simulated engine stands still at `KILL_AT`."""
+        return self.folder / "hold"
+
+    @property
     def registry(self) -> Path:
         return self.folder / "models.toml"
 
@@ -67,8 +74,9 @@ class Job:
     def _registry_text(self) -> str:
         args = self.engine_args | {"enable_prompt_tokens_details": True}
         if self.engine == "sim":
-            # Slow enough to be killed in the middle.
+            # It waits there to be killed, where that is what is measured.
             args = {"max_num_seqs": self.engine_args["max_num_seqs"], "decode_step_s": 0.001}
+            args |= {"hold_while": str(self.hold), "hold_after": int(KILL_AT * len(self.requests))}
         lines = ["[[model]]", f"name = {json.dumps(MODEL)}", f"engine = {json.dumps(self.engine)}"]
         lines += [f"source = {json.dumps(str(self.model))}", "[model.engine_args]"]
         lines += [f"{name} = {json.dumps(value)}" for name, value in args.items()]

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer.answers import read_answers
-from benchmarks.peer.contenders import Job, environment, ours_command
+from benchmarks.peer.contenders import KILL_AT, Job, environment, ours_command
 from benchmarks.peer.counted import Count
 from benchmarks.peer.observe import RunFailed, end_tree, observe
 
-KILL_AT = 0.9
 LOOK_EVERY_S = 0.02
 LONGEST_S = 3600.0
 
@@ -32,7 +31,11 @@ def measure(job: Job, *, window: int) -> dict[str, Any]:
     for path in counts:
         path.unlink(missing_ok=True)
     env = environment(benchmarks_dir=str(job.folder / "records" / "resumed"))
-    killed_after_s = _run_and_kill(job, output, counts[0], env)
+    job.hold.touch()
+    try:
+        killed_after_s = _run_and_kill(job, output, counts[0], env)
+    finally:
+        job.hold.unlink()
     command = _counted(job, output, counts[1])
     observed = observe(command, log=job.folder / "second.log", environment=env)
     read_answers(output, job.requests, exact=job.exact)

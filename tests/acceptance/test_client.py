@@ -132,7 +132,7 @@ def test_refusals_are_typed(idle: BatchClient) -> None:
     with pytest.raises(Conflict):
         list(idle.results(batch))
     idle.cancel(batch)
-    assert idle.wait(batch, poll_s=0.1, timeout_s=30).status == "cancelled"
+    assert idle.wait(batch, poll_s=0.1, timeout_s=120).status == "cancelled"
     with pytest.raises(BadRequest, match="No such file"):
         idle.submit("/no/such/file.jsonl", model="sim")
 
@@ -176,7 +176,7 @@ def test_keys(tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             check=True,
-            timeout=60,
+            timeout=120,
         )
         url = site.start_server()
         with BatchClient(url) as client, pytest.raises(Unauthenticated, match="VLLM_BATCH_API_KEY"):
@@ -199,12 +199,12 @@ def test_a_server_that_is_started_anew_is_waited_for(tmp_path: Path) -> None:
             def kill_once(seen: Batch) -> None:
                 if not dead.is_set():
                     server.send_signal(signal.SIGKILL)
-                    server.wait(timeout=10)
+                    server.wait(timeout=120)
                     dead.set()
                     site.start_server(int(url.rsplit(":", 1)[1]))
                     site.start_worker()
 
-            ended = client.wait(batch, on_progress=kill_once, poll_s=0.1, timeout_s=60)
+            ended = client.wait(batch, on_progress=kill_once, poll_s=0.1, timeout_s=120)
             assert ended.status == "completed"
             assert dead.is_set()
     finally:
@@ -234,7 +234,7 @@ class Flaky:
         self._listener.close()
 
     def end(self) -> None:
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=120)
         assert not self._thread.is_alive()
 
 
@@ -290,7 +290,7 @@ def test_somebody_elses_server_is_noticed() -> None:
 def test_imports_neither_engine_nor_server() -> None:
     found = "import sys, batch_app.client; print(*sys.modules)"
     said = subprocess.run(
-        [sys.executable, "-c", found], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", found], capture_output=True, text=True, check=True, timeout=120
     )
     loaded = set(said.stdout.split())
     assert not loaded & {"fastapi", "starlette", "sqlalchemy", "vllm", "torch", "pydantic", "typer"}

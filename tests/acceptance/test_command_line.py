@@ -181,7 +181,7 @@ def test_several_files_patterns_and_standard_input(shell: Shell) -> None:
         input=jsonl(lines(4)),
         env=os.environ | {"VLLM_BATCH_SERVER": shell.url, "PYTHONPATH": str(REPO)},
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert piped.stdout.startswith(b"batch_")
@@ -306,7 +306,7 @@ def test_on_a_terminal(shell: Shell, colour: bool) -> None:
     os.close(theirs)
     shown = read_all(lambda: os.read(ours, 65536))
     os.close(ours)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert f"{batch_id}" in shown
     assert "600 of 600 done (100.0%)" in shown
     assert "tokens/s on average" in shown
@@ -333,7 +333,7 @@ def test_a_reader_that_leaves_early_is_no_error(shell: Shell) -> None:
         shell=True,
         env=os.environ | {"VLLM_BATCH_SERVER": shell.url, "PYTHONPATH": str(REPO)},
         capture_output=True,
-        timeout=60,
+        timeout=120,
         check=True,
     )
     assert json.loads(said.stdout)["custom_id"] == "r0"

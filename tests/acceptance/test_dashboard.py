@@ -39,7 +39,7 @@ def jsonl(num: int, **body: Any) -> bytes:
 
 def submitted(url: str, content: bytes, model: str = "sim", name: str = "in.jsonl") -> str:
     answer = httpx.post(
-        f"{url}/v1/batches", data={"model": model}, files={"file": (name, content)}, timeout=30
+        f"{url}/v1/batches", data={"model": model}, files={"file": (name, content)}, timeout=120
     )
     assert answer.status_code == 200, answer.text
     batch_id: str = answer.json()["batch_id"]
@@ -84,7 +84,7 @@ def not_estimating(tab: Tab) -> bool:
 
 
 def test_a_file_with_bad_lines_is_shown_them_and_not_queued(tab: Tab, working: Running) -> None:
-    before = httpx.get(f"{working.url}/v1/batches").json()["first_id"]
+    before = httpx.get(f"{working.url}/v1/batches", timeout=120).json()["first_id"]
     page = tab.go("/submit")
     bad = jsonl(1) + b'{"custom_id": "<b>x</b>"}\n' + b"no json\n"
     page.select_option("#model", "sim")
@@ -98,7 +98,7 @@ def test_a_file_with_bad_lines_is_shown_them_and_not_queued(tab: Tab, working: R
     assert page.inner_text("#bad-lines") == "2 lines can't run"
     cells = page.locator("#outcome tbody tr td:first-child").all_inner_texts()
     assert cells == ["2", "3"]
-    assert httpx.get(f"{working.url}/v1/batches").json()["first_id"] == before
+    assert httpx.get(f"{working.url}/v1/batches", timeout=120).json()["first_id"] == before
     assert not_estimating(tab)
     tab.complaints.clear()
 
@@ -184,7 +184,7 @@ def test_the_queue_follows_what_happens(tab: Tab, working: Running) -> None:
     page.wait_for_function(f"() => document.querySelector('{row} progress').value > 0")
     waiting = submitted(working.url, jsonl(3))
     page.wait_for_selector(f"[data-batch={waiting}][data-state=queued] .note >> text=Next in line")
-    httpx.post(f"{working.url}/v1/batches/{batch_id}/cancel", timeout=60).raise_for_status()
+    httpx.post(f"{working.url}/v1/batches/{batch_id}/cancel", timeout=120).raise_for_status()
     page.wait_for_selector(f"{row}[data-state=cancelled]")
     page.wait_for_selector(f"[data-batch={waiting}][data-state=completed]")
 
@@ -223,7 +223,10 @@ def test_a_restart_of_the_server_is_said_and_survived(
     again = start_server_process("--port", url.rsplit(":", 1)[1])
     assert again.url == url
     httpx.post(
-        f"{url}/v1/batches", data={"model": "sim"}, files={"file": ("new.jsonl", jsonl(2))}
+        f"{url}/v1/batches",
+        data={"model": "sim"},
+        files={"file": ("new.jsonl", jsonl(2))},
+        timeout=120,
     ).raise_for_status()
     page.wait_for_selector("#connection p", state="hidden")
     page.wait_for_selector("text=new.jsonl")
@@ -321,6 +324,7 @@ def test_each_sees_their_own_also_live(chromium: Any, door: Tab, locked: Locked)
     httpx.delete(
         f"{locked.url}/v1/batches/{batch_id}",
         headers={"authorization": f"Bearer {locked.tokens['ana']}"},
+        timeout=120,
     ).raise_for_status()
     page.wait_for_selector(f"[data-batch={batch_id}][data-state=cancelled]")
 
@@ -333,7 +337,7 @@ def test_an_admin_makes_and_revokes_a_key(door: Tab, locked: Locked) -> None:
     page.click("text=Make the key")
     token = page.inner_text("#made-key").strip()
     headers = {"authorization": f"Bearer {token}"}
-    assert httpx.get(f"{locked.url}/v1/batches", headers=headers).status_code == 200
+    assert httpx.get(f"{locked.url}/v1/batches", headers=headers, timeout=120).status_code == 200
     page.goto("/keys")
     assert token not in page.content(), "shown once"
     assert page.locator("main img").count() == 0
@@ -342,12 +346,12 @@ def test_an_admin_makes_and_revokes_a_key(door: Tab, locked: Locked) -> None:
     row.locator("button").click()
     page.wait_for_load_state()
     assert "revoked" in page.locator("tr", has_text="onerror").inner_text()
-    assert httpx.get(f"{locked.url}/v1/batches", headers=headers).status_code == 401
+    assert httpx.get(f"{locked.url}/v1/batches", headers=headers, timeout=120).status_code == 401
 
 
 def test_a_change_needs_more_than_the_cookie(locked: Locked) -> None:
     """What another site could make a browser send opens nothing, were the cookie sent along."""
-    with httpx.Client(base_url=locked.url) as client:
+    with httpx.Client(base_url=locked.url, timeout=120) as client:
         assert client.post("/sign-in", data={"key": locked.tokens["admin"]}).status_code == 303
         assert client.get("/v1/batches").status_code == 200
         gone = "/batches/batch_000000000000000000000000"
@@ -364,7 +368,7 @@ def test_a_change_needs_more_than_the_cookie(locked: Locked) -> None:
         assert refused.status_code == 403, "nobody is signed in by another site"
         held = client.cookies["vllm_batch_session"]
         by_header = httpx.get(
-            f"{locked.url}/v1/batches", headers={"authorization": f"Bearer {held}"}
+            f"{locked.url}/v1/batches", headers={"authorization": f"Bearer {held}"}, timeout=120
         )
         assert by_header.status_code == 401, "a session is no API key"
 
@@ -427,7 +431,9 @@ def test_by_keyboard_the_first_step_skips_to_the_content(tab: Tab) -> None:
 
 def test_pages_are_safe_and_nobody_else_s(working: Running, shown: str) -> None:
     for path in (*PAGES, NO_SUCH_BATCH):
-        answer = httpx.get(working.url + path.format(shown), headers={"accept": "text/html"})
+        answer = httpx.get(
+            working.url + path.format(shown), headers={"accept": "text/html"}, timeout=120
+        )
         policy = answer.headers["content-security-policy"]
         assert policy.startswith("default-src 'self'")
         assert "unsafe" not in policy
@@ -437,7 +443,7 @@ def test_pages_are_safe_and_nobody_else_s(working: Running, shown: str) -> None:
         assert re.findall(r"<script(?![^>]* src=)", answer.text) == []
         assert re.findall(r"\son\w+=", answer.text) == []
         assert "http" not in "".join(re.findall(r'(?:src|href)="([^"]*)"', answer.text))
-    chart = httpx.get(f"{working.url}/batches/{shown}/throughput.svg")
+    chart = httpx.get(f"{working.url}/batches/{shown}/throughput.svg", timeout=120)
     assert chart.headers["content-type"].startswith("image/svg+xml")
     assert "<script" not in chart.text
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"|<!--.*?-->', "", chart.text)
@@ -445,6 +451,6 @@ def test_pages_are_safe_and_nobody_else_s(working: Running, shown: str) -> None:
 
 def test_programs_get_the_api_s_errors(working: Running) -> None:
     for path in ("/nothing", NO_SUCH_BATCH):
-        answer = httpx.get(working.url + path)
+        answer = httpx.get(working.url + path, timeout=120)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "not_found"

@@ -87,7 +87,10 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     try:
         url = site.start_server()
         site.start_worker()
-        wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, what="the server is well")
+        wait_for(
+            lambda: httpx.get(f"{url}/health", timeout=120).status_code == 200,
+            what="the server is well",
+        )
         clone = tmp_path / "clone"
         environment = prepared(clone, site) | {"VLLM_BATCH_SERVER": url}
         for block in blocks(page):
@@ -99,7 +102,7 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=120,
                 check=False,
             )
             said = f"{block.text}\n{done.stdout}\n{done.stderr}"

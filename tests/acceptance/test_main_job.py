@@ -73,13 +73,13 @@ class Server:
             assert self.process.poll() is None, out.read_text()
             return re.search(r"running on http://127.0.0.1:(\d+)", out.read_text()[begin:])
 
-        found = wait_for(listening, timeout_s=60, what="the API server listens")
+        found = wait_for(listening, timeout_s=120, what="the API server listens")
         assert found
         self.port = int(found[1])
         return self.process
 
     def get(self, path: str) -> requests.Response:
-        return requests.get(f"{self.url}{path}", timeout=30)
+        return requests.get(f"{self.url}{path}", timeout=120)
 
     def status(self, batch_id: str) -> dict[str, Any]:
         answer: dict[str, Any] = self.get(f"/v1/batches/{batch_id}").json()
@@ -105,7 +105,7 @@ def server(site: Site, root: Path) -> Iterator[Server]:
     server = Server(site, root)
     yield server
     kill_tree(server.process.pid)
-    server.process.wait(timeout=10)
+    server.process.wait(timeout=120)
 
 
 def ensure_worker(site: Site) -> None:
@@ -117,7 +117,7 @@ def ensure_worker(site: Site) -> None:
 def submit(server: Server, path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         answer = requests.post(
-            f"{server.url}/v1/batches", files={"file": file}, data={"model": "demo"}, timeout=60
+            f"{server.url}/v1/batches", files={"file": file}, data={"model": "demo"}, timeout=120
         )
     assert answer.status_code == 200, answer.text
     batch: dict[str, Any] = answer.json()
@@ -151,12 +151,12 @@ def test_a_batch_survives_the_death_of_every_process(
 
     site.wait_for_progress(batch_id, NUM_REQUESTS * 3 // 10, timeout_s=120)
     os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(timeout=10)
+    worker.wait(timeout=120)
     worker = site.start_worker()
 
     site.wait_for_progress(batch_id, NUM_REQUESTS // 2, timeout_s=120)
     os.kill(server.process.pid, signal.SIGKILL)
-    server.process.wait(timeout=10)
+    server.process.wait(timeout=120)
     server.start()
     assert server.status(batch_id)["progress"]["completed"] >= NUM_REQUESTS // 2
 

@@ -16,6 +16,7 @@ from support.sdk import (
     line,
     lines,
 )
+from support.site import ENDLESS
 
 
 def retry(sdk: Sdk, batch: Batch) -> Batch:
@@ -68,7 +69,7 @@ def test_what_can_not_be_run_again_says_why(sdk: Sdk) -> None:
     with pytest.raises(openai.ConflictError) as refusal:
         retry(sdk, refused)
     assert refusal.value.code == "nothing_to_retry"
-    running = sdk.wait(sdk.create(lines(2000, "slow")), "in_progress")
+    running = sdk.wait(sdk.create(lines(ENDLESS, "endless")), "in_progress")
     with pytest.raises(openai.ConflictError) as refusal:
         retry(sdk, running)
     assert refusal.value.code == "batch_not_finished"

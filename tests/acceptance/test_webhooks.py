@@ -74,7 +74,7 @@ def test_a_form_names_its_webhook_and_shows_its_secret_once(
     working: Running, receiver: Receiver
 ) -> None:
     own = "whsec_" + "c2VjcmV0" * 5
-    with httpx.Client(base_url=working.url) as http:
+    with httpx.Client(base_url=working.url, timeout=120) as http:
         form = {"model": "sim", "webhook_url": receiver.url, "webhook_secret": own}
         answer = http.post("/v1/batches", data=form, files={"file": jsonl(lines(2, "sim"))})
         assert answer.status_code == 200
@@ -103,7 +103,7 @@ def test_a_form_names_its_webhook_and_shows_its_secret_once(
 
 
 def test_a_webhook_of_ones_own_hears_of_every_batch(working: Running, receiver: Receiver) -> None:
-    with httpx.Client(base_url=working.url) as http:
+    with httpx.Client(base_url=working.url, timeout=120) as http:
         made = http.post(
             "/v1/webhooks", json={"url": receiver.url, "events": ["batch.completed"]}
         ).json()
@@ -143,6 +143,7 @@ def test_a_target_that_is_not_allowed_makes_no_batch(
         f"{waiting.url}/v1/batches",
         data={"model": "sim", "webhook_url": url},
         files={"file": jsonl(lines(1, "sim"))},
+        timeout=120,
     )
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
     assert len(idle_sdk.client.batches.list().data) == before
@@ -167,10 +168,10 @@ def test_what_ends_while_no_server_runs_is_told_by_the_next(
     try:
         url = site.start_server()
         server = site.last_process
-        made = httpx.post(f"{url}/v1/webhooks", json={"url": receiver.url}).json()
+        made = httpx.post(f"{url}/v1/webhooks", json={"url": receiver.url}, timeout=120).json()
         batch_id = site.submit([echo_line(number) for number in range(3)], "sim")
         server.kill()
-        server.wait(timeout=10)
+        server.wait(timeout=120)
         site.start_worker()
         site.wait_until_done(batch_id)
         assert receiver.calls == []

@@ -102,11 +102,11 @@ def test_a_hanging_engine_is_killed_with_its_stacks_in_the_log(tmp_path: Path) -
 
 
 def test_an_engine_that_works_slowly_does_not_count_as_hanging(tmp_path: Path) -> None:
-    engine = host(tmp_path, hang_s=0.7, decode_step_s=0.05, max_num_seqs=1)
+    engine = host(tmp_path, hang_s=2.0, decode_step_s=0.05, max_num_seqs=1)
     engine.load()
     started = time.monotonic()
-    outcomes = run(engine, *(wordy(number, num_words=8) for number in range(6)))
-    assert time.monotonic() - started > 0.7
+    outcomes = run(engine, *(wordy(number, num_words=1) for number in range(50)))
+    assert time.monotonic() - started > 2.0
     assert all(outcome.status_code == 200 for outcome in outcomes)
     engine.close()
 
@@ -161,7 +161,7 @@ def test_the_engine_process_ends_with_its_channel(tmp_path: Path) -> None:
     process.channel.close()  # as when the worker is killed
     wait_for(
         lambda: process.wait(0) is not None,
-        timeout_s=60,
+        timeout_s=120,
         what="the engine process ends although it hangs",
     )
     engine.close()

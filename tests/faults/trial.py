@@ -28,7 +28,7 @@ from batch_app.faults import CRASH_POINTS
 from batch_app.files import DataDir
 from batch_app.orphans import remove_orphans
 from support.site import Site, echo_line, engine_pid, kill_tree
-from support.waiting import wait_for
+from support.waiting import PATIENCE_S, wait_for
 
 #: Crash points of the API server; all others are the worker's.
 OF_THE_SERVER = ("upload-moved", "upload-added", "check-moved", "check-told", "closing-published")
@@ -134,10 +134,10 @@ class Trial:
                     continue  # it isn't there yet, or any more
             if victim in ("worker", "everything"):
                 kill_tree(worker.pid) if victim == "everything" else worker.kill()
-                worker.wait(10)
+                worker.wait(PATIENCE_S)
             if victim in ("server", "everything"):
                 server.kill()
-                server.wait(10)
+                server.wait(PATIENCE_S)
                 self.site.start_server()
                 server = self.site.last_process
             if victim in ("worker", "everything"):
@@ -157,11 +157,15 @@ class Trial:
         self._remember(batch_id)
         worker = self.site.start_worker(**crash)
         if name == "suspects-written":
-            wait_for(lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=60)
+            wait_for(
+                lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=PATIENCE_S
+            )
             if worker.poll() is None:
                 self._kill_engine(worker.pid)
         if name == "given-back":
-            wait_for(lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=60)
+            wait_for(
+                lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=PATIENCE_S
+            )
             worker.terminate()
         self._wait_for_crash(worker, name, batch_id)
 
@@ -174,7 +178,9 @@ class Trial:
             self._try_to(lambda: self._create(url))
         else:
             batch_id = self._upload(url)
-            self._try_to(lambda: httpx.post(f"{url}/v1/batches/{batch_id}/cancel"))
+            self._try_to(
+                lambda: httpx.post(f"{url}/v1/batches/{batch_id}/cancel", timeout=PATIENCE_S)
+            )
         self._wait_for_crash(server, name, None)
         self._end_leases_of_servers()
 
@@ -195,12 +201,12 @@ class Trial:
         self._wait_a_while(batch_id, worker)
         self.report.hit.append(f"failed: {call}, {'for good' if wish['for_good'] else 'once'}")
         kill_tree(worker.pid)
-        worker.wait(10)
+        worker.wait(PATIENCE_S)
 
     def _end_leases_of_servers(self) -> None:
         """They last for a minute, and for five: that time is passed by hand here."""
         path = str(self.site.settings.resolved_database_url).removeprefix("sqlite:///")
-        connection = sqlite_driver().connect(path, timeout=10, isolation_level=None)
+        connection = sqlite_driver().connect(path, timeout=PATIENCE_S, isolation_level=None)
         connection.execute("UPDATE batches SET lease_owner = NULL WHERE lease_owner LIKE 'server%'")
         connection.close()
 
@@ -221,7 +227,7 @@ class Trial:
             process.wait(3.0)
         except Exception:
             kill_tree(process.pid)
-            process.wait(10)
+            process.wait(PATIENCE_S)
             return
         if process.returncode == -signal.SIGKILL:
             self.report.hit.append(name)
@@ -263,7 +269,7 @@ class Trial:
             f"{url}/v1/batches",
             files={"file": ("in.jsonl", content)},
             data={"model": "tried"},
-            timeout=30,
+            timeout=PATIENCE_S,
         )
         assert answer.status_code == 200, answer.text
         return self._remember(answer.json()["batch_id"])
@@ -274,9 +280,11 @@ class Trial:
             line["body"]["model"] = "tried"
         content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
         files = {"file": ("in.jsonl", content)}
-        file = httpx.post(f"{url}/v1/files", files=files, data={"purpose": "batch"}, timeout=30)
+        file = httpx.post(
+            f"{url}/v1/files", files=files, data={"purpose": "batch"}, timeout=PATIENCE_S
+        )
         wish = {"input_file_id": file.json()["id"], "endpoint": "/v1/chat/completions"}
-        answer = httpx.post(f"{url}/v1/batches", json=wish, timeout=30)
+        answer = httpx.post(f"{url}/v1/batches", json=wish, timeout=PATIENCE_S)
         assert answer.status_code == 200, answer.text
         return self._remember(answer.json()["id"])
 
@@ -297,12 +305,12 @@ class Trial:
             self.requests.setdefault(batch.id, self._last_lines)
             wait_for(
                 lambda batch=batch: self.site.batch(batch.id).is_terminal,
-                timeout_s=60,
+                timeout_s=PATIENCE_S,
                 what=f"{batch.id} ends; its log:\n{self.site.log(batch.id)}",
             )
         for process in (worker, server):
             process.terminate()
-            process.wait(20)
+            process.wait(PATIENCE_S)
 
     def _batches(self) -> list[Batch]:
         batches, _ = self.site.store.list_batches(limit=100)

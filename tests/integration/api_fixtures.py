@@ -80,7 +80,7 @@ class Api:
         return self.services.data
 
     def call(self, method: str, path: str, **options: Any) -> requests.Response:
-        return requests.request(method, f"{self.url}{path}", timeout=30, **options)
+        return requests.request(method, f"{self.url}{path}", timeout=120, **options)
 
     def get(self, path: str, **options: Any) -> requests.Response:
         return self.call("GET", path, **options)
@@ -176,7 +176,7 @@ def start_api(api_settings: Settings) -> Iterator[Callable[..., Api]]:
     yield start
     for server, thread, listener in running:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=120)
         listener.close()
         assert not thread.is_alive(), "the server did not end"
 
@@ -206,7 +206,7 @@ class ServerProcess:
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=120)
 
 
 @pytest.fixture
@@ -243,4 +243,4 @@ def start_server_process(
     for server in started:
         if server.process.poll() is None:
             server.process.kill()
-        server.process.wait(timeout=20)
+        server.process.wait(timeout=120)

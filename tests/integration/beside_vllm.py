@@ -43,7 +43,7 @@ def ask_vllms_server(engine: VllmEngine, endpoint: str, body: dict[str, Any]) ->
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(app.asgi)
         async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
-            return await client.post(endpoint, json=body, timeout=60)
+            return await client.post(endpoint, json=body, timeout=120)
 
     response = loop.run_until_complete(ask())
     return response.status_code, response.content

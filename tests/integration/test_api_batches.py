@@ -167,7 +167,7 @@ def test_log_that_is_followed_ends_with_the_batch(api: Api) -> None:
 
     def follow() -> None:
         url = f"{api.url}/v1/batches/{batch_id}/logs?follow=true&tail=0"
-        with requests.get(url, stream=True, timeout=30) as response:
+        with requests.get(url, stream=True, timeout=120) as response:
             received.extend(response.iter_content(None))
 
     reader = threading.Thread(target=follow)
@@ -176,7 +176,7 @@ def test_log_that_is_followed_ends_with_the_batch(api: Api) -> None:
     wait_for(lambda: log.write("first") or received, what="a followed line")
     complete(api, batch, [output_line("req-0")])
     log.write("last")
-    reader.join(timeout=20)
+    reader.join(timeout=120)
 
     assert not reader.is_alive()
     assert b"".join(received).endswith(b"  last\n") or b"first" in b"".join(received)

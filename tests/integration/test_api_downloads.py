@@ -45,7 +45,7 @@ def uploaded(api: Api, num_lines: int) -> tuple[str, bytes]:
         f"{api.url}/v1/files",
         files={"file": ("in.jsonl", whole)},
         data={"purpose": "batch"},
-        timeout=30,
+        timeout=120,
     )
     return f"/v1/files/{answer.json()['id']}/content", whole
 

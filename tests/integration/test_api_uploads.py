@@ -168,12 +168,12 @@ def test_file_size_limit_of_the_system(
     parts = [MODEL, part("file", input_file(100_000), extra='; filename="a"')]
     body = b"".join(parts if model_first else parts[::-1]) + END
 
-    answer = requests.post(f"{address}/v1/batches", data=body, headers=FORM, timeout=60)
+    answer = requests.post(f"{address}/v1/batches", data=body, headers=FORM, timeout=120)
 
     assert answer.status_code == 507, answer.text
     wait_for(lambda: not leftovers(DataDir(api_settings.data_dir)), what="a clean folder")
     again = requests.post(
-        f"{address}/v1/batches", data=MODEL + FILE + END, headers=FORM, timeout=60
+        f"{address}/v1/batches", data=MODEL + FILE + END, headers=FORM, timeout=120
     )
     assert again.status_code == 200
     assert server.end() == 0
@@ -213,7 +213,7 @@ def test_memory_does_not_grow_with_the_upload(
     server = start_server_process()
     url = server.url
     process = psutil.Process(server.process.pid)
-    requests.post(f"{url}/v1/batches", data=FILE + MODEL + END, headers=FORM, timeout=60)
+    requests.post(f"{url}/v1/batches", data=FILE + MODEL + END, headers=FORM, timeout=120)
     before = process.memory_info().rss
     peak = before
     size = 200 * MIB
@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_upload(
             yield MODEL
         yield END
 
-    answer = requests.post(f"{url}/v1/batches", data=body(), headers=FORM, timeout=100)
+    answer = requests.post(f"{url}/v1/batches", data=body(), headers=FORM, timeout=120)
 
     assert answer.status_code == 200, answer.text
     peak = max(peak, process.memory_info().rss)

@@ -33,10 +33,11 @@ def back_up_site(site: Site, target: Path) -> None:
 
 def test_a_running_batch_goes_on_from_its_back_up(site: Site, tmp_path: Path) -> None:
     done_id = site.submit((echo_line(n) for n in range(20)), "sim")
-    batch_id = site.submit((echo_line(n) for n in range(1200)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(1200)), "held")
     site.start_worker()
     site.wait_until_done(done_id)
-    before = site.wait_for_progress(batch_id, 300)
+    before = site.wait_for_progress(batch_id, 100)
     target = tmp_path / "back-up"
     back_up_site(site, target)
     site.close()
@@ -71,7 +72,7 @@ def test_the_command_line(site: Site, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "batch_app.cli", name, str(place)]
         command += ["--data-dir", str(folder)]
         said = subprocess.run(
-            command, cwd=REPO, check=False, capture_output=True, text=True, timeout=60
+            command, cwd=REPO, check=False, capture_output=True, text=True, timeout=120
         )
         if "✅" not in said.stderr:
             break

@@ -11,7 +11,7 @@ import pytest
 import requests
 
 from batch_app.core import BatchStatus
-from support.site import Site, echo_line, engine_pid, kill_tree
+from support.site import ENDLESS, Site, echo_line, engine_pid, kill_tree
 from support.waiting import wait_for
 
 MARK = "zebra-crossing-at-midnight"
@@ -64,7 +64,7 @@ def test_no_prompt_in_any_log(site: Site, tmp_path: Path) -> None:
 
     def submit(name: str, content: bytes) -> requests.Response:
         return requests.post(
-            f"{url}/v1/batches", files={"file": content}, data={"model": name}, timeout=30
+            f"{url}/v1/batches", files={"file": content}, data={"model": name}, timeout=120
         )
 
     for raw in BAD_LINES:
@@ -73,7 +73,7 @@ def test_no_prompt_in_any_log(site: Site, tmp_path: Path) -> None:
         f"{url}/v1/files",
         files={"file": BAD_LINES[0].replace(b"%b", MARK.encode())},
         data={"purpose": "batch"},
-        timeout=30,
+        timeout=120,
     ).json()
     refused = requests.post(
         f"{url}/v1/batches",
@@ -82,7 +82,7 @@ def test_no_prompt_in_any_log(site: Site, tmp_path: Path) -> None:
             "endpoint": "/v1/chat/completions",
             "completion_window": "24h",
         },
-        timeout=30,
+        timeout=120,
     ).json()
     assert site.wait_until_done(refused["id"]).status is BatchStatus.FAILED
 
@@ -105,7 +105,7 @@ def test_no_prompt_in_any_log(site: Site, tmp_path: Path) -> None:
 
 
 def test_the_engine_listens_on_no_port(site: Site) -> None:
-    batch_id = site.submit([echo_line(n) for n in range(2000)], "slow")
+    batch_id = site.submit([echo_line(n) for n in range(ENDLESS)], "endless")
     worker = site.start_worker()
     site.wait_for_progress(batch_id, 1)
     for pid in (worker.pid, engine_pid(worker.pid)):

@@ -19,7 +19,7 @@ from support.waiting import wait_for
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path, lease_s=2.0, heartbeat_s=0.3, poll_interval_s=0.5)
+    site = Site(tmp_path, lease_s=3.0, heartbeat_s=0.3, poll_interval_s=0.5)
     yield site
     site.close()
 
@@ -92,13 +92,15 @@ def test_a_request_s_own_mistake_is_answered_under_every_id(site: Site) -> None:
 def test_a_killed_worker_s_answers_serve_the_equals_that_are_left(site: Site) -> None:
     """Equals far behind their first; the worker dies between the two."""
     lines = [alike(n, n % 400) for n in range(800)]
-    batch_id = site.submit(lines, "slow")
+    site.hold.touch()
+    batch_id = site.submit(lines, "held")
     worker = site.start_worker()
-    wait_for(lambda: site.store.get_batch(batch_id).progress.done > 100, what="some are done")
+    site.wait_for_progress(batch_id, 100)
     engine = engine_pid(worker.pid)
     worker.send_signal(signal.SIGKILL)
     worker.wait()
     assert engine
+    site.hold.unlink()
     site.start_worker()
     batch = site.wait_until_done(batch_id)
     assert batch.status is BatchStatus.COMPLETED

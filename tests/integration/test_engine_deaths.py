@@ -72,7 +72,7 @@ def test_a_search_goes_on_after_its_worker_was_killed(site: Site) -> None:
     worker = site.start_worker()
     wait_for(lambda: "apart from the others" in site.log(batch_id), what="the search begins")
     os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(timeout=10)
+    worker.wait(timeout=120)
     before = site.log(batch_id).count("Starting the engine again")
     site.start_worker()
     batch = site.wait_until_done(batch_id)

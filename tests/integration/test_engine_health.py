@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.site import Site, echo_line
+from support.site import ENDLESS, Site, echo_line
 from support.waiting import wait_for
 
 
@@ -29,12 +29,12 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def checks(url: str) -> dict[str, str]:
-    found: dict[str, str] = httpx.get(f"{url}/health").json()["checks"]
+    found: dict[str, str] = httpx.get(f"{url}/health", timeout=120).json()["checks"]
     return found
 
 
 def metric(url: str, name: str) -> float:
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx.get(f"{url}/metrics", timeout=120).text
     return sum(
         sample.value
         for family in text_string_to_metric_families(text)
@@ -56,16 +56,16 @@ def test_a_hung_engine_and_a_worker_that_is_gone(site: Site) -> None:
     )
     assert "no token for" in hung
     worker.kill()
-    worker.wait(timeout=10)
+    worker.wait(timeout=120)
     wait_for(lambda: checks(url)["worker"].startswith("gone"), what="the worker is missed")
-    assert httpx.get(f"{url}/health").status_code == 503
-    assert httpx.get(f"{url}/livez").status_code == 200
+    assert httpx.get(f"{url}/health", timeout=120).status_code == 503
+    assert httpx.get(f"{url}/livez", timeout=120).status_code == 200
 
 
 def test_an_engine_at_work_is_read(site: Site) -> None:
     url = site.start_server()
     site.start_worker()
-    site.submit([echo_line(number) for number in range(2000)], "slow")
+    site.submit([echo_line(number) for number in range(ENDLESS)], "endless")
     wait_for(lambda: metric(url, "engine_requests") > 0, what="requests in the engine")
     wait_for(lambda: metric(url, "engine_tokens_per_second") > 0, what="a pace")
     assert metric(url, "model_loaded") == 1

@@ -69,7 +69,7 @@ def run_within(tmp_path: Path, *prefix: str, script: str = SCRIPT) -> str:
         env=os.environ | {"PYTHONPATH": f"{REPO}:{REPO / 'tests'}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

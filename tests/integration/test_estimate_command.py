@@ -42,7 +42,7 @@ def vllm_batch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     command = [sys.executable, "-m", "batch_app.cli", *arguments]
     places = ["--models", "models.toml", "--benchmarks-dir", "records"]
     return subprocess.run(
-        [*command, *places], cwd=folder, capture_output=True, text=True, timeout=60, check=False
+        [*command, *places], cwd=folder, capture_output=True, text=True, timeout=120, check=False
     )
 
 

@@ -19,6 +19,7 @@ from batch_app.errors import StoreUnavailable
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.routes.services import Services
 from support.site import Site, echo_line
+from support.waiting import PATIENCE_S
 
 ANA, BOB = Caller("ana", sees_all=False), Caller("bob", sees_all=False)
 
@@ -92,16 +93,16 @@ def test_a_hundred_pages_cost_one_look(own: Services) -> None:
             return super().look(before)
 
     async def watch() -> None:
-        feed = Counting(own, 0.05)
+        feed = Counting(own, 3600)
         sources = [stream(feed, EVERYBODY, lambda: False) for _ in range(100)]
         await asyncio.gather(*(until(source, "ready") for source in sources))
-        assert feed.num_looks <= 3
+        assert feed.num_looks == 1
+        looking = asyncio.all_tasks() - {asyncio.current_task()}
+        assert looking
         for source in sources:
             await source.aclose()
-        await asyncio.sleep(0.01)
-        before = feed.num_looks
-        await asyncio.sleep(0.2)
-        assert feed.num_looks <= before + 1, "nobody watches any more"
+        _, at_work = await asyncio.wait(looking, timeout=PATIENCE_S)
+        assert not at_work, "nobody watches any more"
 
     asyncio.run(watch())
 

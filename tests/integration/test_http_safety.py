@@ -236,7 +236,7 @@ def test_so_many_uploads_at_once_and_no_more(start_api: Callable[..., Api]) -> N
 
     def slow() -> Iterator[bytes]:
         yield FORM_HEAD + request_line()
-        release.wait(30)
+        release.wait(120)
         yield b"\r\n--xyz--\r\n"
 
     sent = bearer(token) | {"content-type": "multipart/form-data; boundary=xyz"}
@@ -256,7 +256,7 @@ def test_so_many_uploads_at_once_and_no_more(start_api: Callable[..., Api]) -> N
         assert other.status_code == 200
     finally:
         release.set()
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     assert answers[0].status_code == 200
     assert api.call("POST", "/v1/batches", headers=bearer(token), **form).status_code == 200
 
@@ -264,17 +264,21 @@ def test_so_many_uploads_at_once_and_no_more(start_api: Callable[..., Api]) -> N
 # -- slow clients ----------------------------------------------------------------------------------
 
 
+#: A client that is quick keeps below it also on a busy machine.
+IMPATIENCE_S = 3.0
+
+
 @pytest.fixture
 def impatient(start_server_process: Callable[..., ServerProcess]) -> Iterator[tuple[str, int]]:
-    """Host and port of a server that waits for half a second."""
-    server = start_server_process(environment={"VLLM_BATCH_CLIENT_TIMEOUT_S": "0.5"})
+    """Host and port of a server that waits for so long only."""
+    server = start_server_process(environment={"VLLM_BATCH_CLIENT_TIMEOUT_S": str(IMPATIENCE_S)})
     yield "127.0.0.1", int(server.url.rsplit(":", 1)[1])
     assert server.end() == 0
     assert "Traceback" not in server.output
 
 
 def said_until_closed(connection: socket.socket) -> bytes:
-    connection.settimeout(20)
+    connection.settimeout(120)
     said = b""
     try:
         while piece := connection.recv(65536):
@@ -297,7 +301,7 @@ def test_slow_clients_are_given_up_on(impatient: tuple[str, int], api_settings: 
     connections = {case: socket.create_connection(impatient) for case in cases}
     for case, sent in cases.items():
         connections[case].sendall(sent)
-    answered = requests.get(f"http://127.0.0.1:{impatient[1]}/livez", timeout=10)
+    answered = requests.get(f"http://127.0.0.1:{impatient[1]}/livez", timeout=120)
     assert answered.status_code == 200, "the others are served meanwhile"
     for case, connection in connections.items():
         said = said_until_closed(connection)
@@ -320,7 +324,7 @@ def test_a_byte_now_and_then_is_too_slow(impatient: tuple[str, int]) -> None:
         with socket.create_connection(impatient) as connection:
             connection.sendall(begin)
             connection.settimeout(0.05)
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 120
             while True:
                 assert time.monotonic() < deadline, "it was never given up on"
                 try:
@@ -338,15 +342,18 @@ def test_who_is_quick_is_not_disturbed(impatient: tuple[str, int]) -> None:
     url = f"http://127.0.0.1:{impatient[1]}"
     with requests.Session() as session:
         form = {"files": {"file": ("in.jsonl", input_file(20))}, "data": {"model": "sim"}}
-        batch_id = session.post(f"{url}/v1/batches", timeout=10, **form).json()["batch_id"]
+        batch_id = session.post(f"{url}/v1/batches", timeout=120, **form).json()["batch_id"]
         began = time.monotonic()
         followed = session.get(
-            f"{url}/v1/batches/{batch_id}/logs?follow=true", timeout=10, stream=True
+            f"{url}/v1/batches/{batch_id}/logs?follow=true", timeout=120, stream=True
         )
         lines = followed.iter_lines()
         assert next(lines)
-        cancelled = requests.delete(f"{url}/v1/batches/{batch_id}", timeout=10)
-        wait_for(lambda: time.monotonic() - began > 0.7, what="longer than the server waits")
+        cancelled = requests.delete(f"{url}/v1/batches/{batch_id}", timeout=120)
+        wait_for(
+            lambda: time.monotonic() - began > 1.2 * IMPATIENCE_S,
+            what="longer than the server waits",
+        )
         assert cancelled.status_code == 200
         assert b"cancelled" in b"".join(lines)
 
@@ -503,7 +510,7 @@ def test_others_are_let_in_once_there_is_a_key(
     start_server_process: Callable[..., ServerProcess], api_settings: Any
 ) -> None:
     refused = start_server_process("--host", "0.0.0.0")
-    assert refused.process.wait(timeout=30) == 1
+    assert refused.process.wait(timeout=120) == 1
     assert "vllm-batch keys create" in refused.output
     assert not Path(api_settings.data_dir).exists()
 
@@ -518,12 +525,12 @@ def test_others_are_let_in_once_there_is_a_key(
     server = start_server_process("--host", "0.0.0.0")
     url = f"http://127.0.0.1:{server.url.rsplit(':', 1)[1]}"
     sent = {"host": "gpu.example"}
-    assert requests.get(f"{url}/v1/models", headers=sent, timeout=10).status_code == 401
+    assert requests.get(f"{url}/v1/models", headers=sent, timeout=120).status_code == 401
     sent |= bearer(token)
-    assert requests.get(f"{url}/v1/models", headers=sent, timeout=10).status_code == 200
+    assert requests.get(f"{url}/v1/models", headers=sent, timeout=120).status_code == 200
     key_id = f"key_{token.split('_')[1]}"
     CliRunner().invoke(app, ["keys", "revoke", key_id, "--data-dir", str(api_settings.data_dir)])
-    assert requests.get(f"{url}/v1/models", headers=sent, timeout=10).status_code == 401
+    assert requests.get(f"{url}/v1/models", headers=sent, timeout=120).status_code == 401
     assert server.end() == 0
 
 
@@ -531,6 +538,6 @@ def test_no_auth_is_said_aloud_and_asks_for_no_key(
     start_server_process: Callable[..., ServerProcess],
 ) -> None:
     server = start_server_process("--no-auth")
-    assert requests.get(f"{server.url}/v1/models", timeout=10).status_code == 200
+    assert requests.get(f"{server.url}/v1/models", timeout=120).status_code == 200
     assert "--no-auth: nobody is asked for an API key" in server.output
     assert server.end() == 0

@@ -157,7 +157,7 @@ def half_sent(api: Api, content: bytes) -> Iterator[Callable[[], bytes]]:
         f"POST /v1/batches HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
         + "".join(f"{name}: {value}\r\n" for name, value in prepared.headers.items())
     )
-    with socket.create_connection((address.hostname, address.port), timeout=30) as connection:
+    with socket.create_connection((address.hostname, address.port), timeout=120) as connection:
         connection.sendall(head.encode() + b"\r\n" + body[: len(body) // 2])
         wait_for(lambda: list(api.data.incoming.iterdir()), what="the upload has begun")
 

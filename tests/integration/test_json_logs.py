@@ -40,14 +40,20 @@ def test_everything_said_is_json_and_no_prompt_is_in_it(tmp_path: Path) -> None:
             f"{url}/v1/batches",
             data={"model": "sim"},
             files={"file": json.dumps(request).encode()},
+            timeout=120,
         )
         batch_id = answer.json()["batch_id"]
         site.wait_until_done(batch_id)
-        assert httpx.get(f"{url}/v1/batches/{batch_id}?x=%0aforged").status_code == 200
-        httpx.post(f"{url}/v1/batches", data={"model": secret}, files={"file": secret.encode()})
+        assert httpx.get(f"{url}/v1/batches/{batch_id}?x=%0aforged", timeout=120).status_code == 200
+        httpx.post(
+            f"{url}/v1/batches",
+            data={"model": secret},
+            files={"file": secret.encode()},
+            timeout=120,
+        )
         for one in (worker, process):
             one.send_signal(signal.SIGTERM)
-            assert one.wait(timeout=30) == 0
+            assert one.wait(timeout=120) == 0
         server, work = (lines_of(tmp_path / f"{name}.out") for name in ("api_server", "worker"))
         for line in server + work:
             assert set(line) >= KEYS

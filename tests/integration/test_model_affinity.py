@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.site import Site, echo_line
+from support.waiting import wait_for
 
 
 @pytest.fixture
@@ -49,9 +50,12 @@ def test_the_next_models_weights_are_read_while_this_one_runs(
     (weights / "model.safetensors").write_bytes(bytes(1000))
     with site.settings.models.open("a") as registry:
         registry.write(f'[[model]]\nname = "next"\nsource = "{weights}"\nengine = "sim"\n')
-    first = site.submit((echo_line(n) for n in range(800)), "slow")
+    site.hold.touch()
+    first = site.submit((echo_line(n) for n in range(800)), "held")
     second = site.submit([echo_line(0)], "next")
     site.start_worker()
+    wait_for(lambda: "Reading the weights" in site.log(first), what="they are read ahead")
+    site.hold.unlink()
     for batch_id in (first, second):
         site.wait_until_done(batch_id)
     assert site.log(first).count("Reading the weights of next ahead") == 1

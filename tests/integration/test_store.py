@@ -423,7 +423,7 @@ NUM_BATCHES = 40
 def _claim_all(url: str, name: str, barrier: object, results: object) -> None:
     store = Store(url)
     store.migrate()  # all at once: one makes the tables, the others find them
-    barrier.wait(30)  # type: ignore[attr-defined]
+    barrier.wait(120)  # type: ignore[attr-defined]
     mine = []
     while True:
         batch = store.claim_next(name, 300, NOW)
@@ -449,8 +449,8 @@ def test_processes_share_the_queue_without_overlap(tmp_path: Path) -> None:
     store.migrate()
     for number in range(NUM_BATCHES):
         add(store, number)
-    barrier.wait(60)
-    claimed = dict(results.get(timeout=60) for _ in processes)
+    barrier.wait(120)
+    claimed = dict(results.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(30)
         assert process.exitcode == 0

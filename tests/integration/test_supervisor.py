@@ -57,7 +57,7 @@ class Terminal:
         return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def end(self) -> tuple[int, str]:
-        _, text = self.process.communicate(timeout=30)
+        _, text = self.process.communicate(timeout=120)
         return self.process.returncode, text
 
 

@@ -39,13 +39,16 @@ def test_a_batch_is_one_trace_without_its_text(tmp_path: Path, collector: Receiv
         url = site.start_server()
         server, worker = site.last_process, site.start_worker()
         answer = httpx.post(
-            f"{url}/v1/batches", data={"model": "sim"}, files={"file": json.dumps(line).encode()}
+            f"{url}/v1/batches",
+            data={"model": "sim"},
+            files={"file": json.dumps(line).encode()},
+            timeout=120,
         )
         batch_id = answer.json()["batch_id"]
         site.wait_until_done(batch_id)
         for process in (worker, server):
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=120) == 0
     finally:
         site.close()
     spans = []

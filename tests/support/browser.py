@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from support.waiting import PATIENCE_S
+
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-quic",
@@ -19,8 +21,6 @@ ARGUMENTS = [
 ]
 DESK = {"width": 1400, "height": 900}
 PHONE = {"width": 390, "height": 844}
-#: How long a page may take until it shows what a test waits for: longer than a busy machine needs.
-PATIENCE_S = 90
 
 
 def chromium() -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from support.waiting import wait_for
+from support.waiting import PATIENCE_S, wait_for
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/hook?who=me"
 
-    def wait_for_calls(self, number: int, timeout_s: float = 30.0) -> list[Call]:
+    def wait_for_calls(self, number: int, timeout_s: float = PATIENCE_S) -> list[Call]:
         wait_for(lambda: len(self.calls) >= number, timeout_s=timeout_s, what=f"{number} calls")
         return self.calls
 
@@ -96,4 +96,4 @@ def receiving(tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
             yield receiver
         finally:
             server.shutdown()
-            thread.join(timeout=10)
+            thread.join(timeout=120)

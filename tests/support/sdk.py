@@ -11,7 +11,8 @@ import httpx
 from openai import DefaultHttpxClient, OpenAI
 from openai.types import Batch
 
-from support.waiting import wait_for
+from support.site import ENDLESS
+from support.waiting import PATIENCE_S, wait_for
 
 CHAT = "/v1/chat/completions"
 FINISHED = ("completed", "failed", "expired", "cancelled")
@@ -72,7 +73,7 @@ class Sdk:
         wish: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | options
         return self.client.batches.create(input_file_id=file_id, **wish)
 
-    def wait(self, batch: Batch | str, *statuses: str, timeout_s: float = 60.0) -> Batch:
+    def wait(self, batch: Batch | str, *statuses: str, timeout_s: float = PATIENCE_S) -> Batch:
         """Poll until the batch has one of these statuses; by default: until it has finished."""
         batch_id = batch if isinstance(batch, str) else batch.id
         wanted = statuses or FINISHED
@@ -139,7 +140,7 @@ def assert_counts(batch: Batch, total: int, completed: int, failed: int) -> None
 
 def busy_worker(sdk: Sdk) -> Batch:
     """A batch that the worker has begun, and has enough to do with: others wait behind it."""
-    batch = sdk.create(lines(10_000, "slow"))
+    batch = sdk.create(lines(ENDLESS, "endless"))
     wait_for(lambda: native(sdk, batch.id)["status"] == "running", what="the worker begins")
     return batch
 

@@ -20,18 +20,20 @@ from batch_app.files import DataDir, new_id, wake_workers
 from batch_app.intake import IntakeRules, index_file
 from batch_app.registry import ModelRegistry
 from batch_app.store import Store
-from support.waiting import wait_for
+from support.waiting import PATIENCE_S, wait_for
 
 REPO = Path(__file__).parents[2]
 LISTENING = "Uvicorn running on "
 
-#: What the simulated models of a site are called, and their engine arguments. `endless` answers
-#: three requests a second at most: a batch of `ENDLESS` outlives every test, however fast or slow
-#: the machine. Who starts one cancels it.
+#: What the simulated models of a site are called, and their engine arguments. For what has to
+#: happen while a batch runs, on any machine: `held` stands still after a hundred answers while its
+#: site's `hold` exists; `endless` takes 0.4 s for two words, so that a batch of `ENDLESS` outlives
+#: every test. Who starts one of those cancels it.
 SIM_MODELS: dict[str, dict[str, Any]] = {
     "sim": {},
     "slow": {"decode_step_s": 0.02, "max_num_seqs": 16},
-    "endless": {"decode_step_s": 0.1, "max_num_seqs": 1},
+    "endless": {"decode_step_s": 0.2, "max_num_seqs": 1},
+    "held": {"decode_step_s": 0.001, "max_num_seqs": 16, "hold_after": 100},
     "tiny-context": {"max_model_len": 5},
     "unloadable": {"fail_load": "No such weights."},
     "mortal": {"die_after": 300, "max_num_seqs": 16},
@@ -43,13 +45,15 @@ SIM_MODELS: dict[str, dict[str, Any]] = {
 ENDLESS = 2000
 
 
-def registry_text() -> str:
-    """A registry with the simulated models and the demo model."""
+def registry_text(hold: Path) -> str:
+    """A registry with the simulated models and the demo model; `held` holds while `hold` exists."""
     parts = [f'[[model]]\nname = "demo"\nsource = "{REPO / "models" / "demo"}"\n']
     parts.append("[model.engine_args]\nmax_model_len = 2048\nenforce_eager = true\n")
     for name, args in SIM_MODELS.items():
         parts.append(f'[[model]]\nname = "{name}"\nsource = "sim"\nengine = "sim"\n')
         parts.append("[model.engine_args]\n")
+        if "hold_after" in args:
+            parts.append(f'hold_while = "{hold}"\n')
         parts += [f"{key} = {orjson.dumps(value).decode()}\n" for key, value in args.items()]
     return "".join(parts)
 
@@ -68,7 +72,9 @@ class Site:
     """Owns the worker processes it starts; `close` kills what is left of them."""
 
     def __init__(self, root: Path, **settings: Any) -> None:
-        (root / "models.toml").write_text(registry_text())
+        #: See `SIM_MODELS`.
+        self.hold = root / "hold"
+        (root / "models.toml").write_text(registry_text(self.hold))
         self.settings: Settings = load_settings(
             data_dir=root / "data",
             models=root / "models.toml",
@@ -168,7 +174,7 @@ class Site:
     def batch(self, batch_id: str) -> Batch:
         return self.store.get_batch(batch_id)
 
-    def wait_until_done(self, batch_id: str, timeout_s: float = 60.0) -> Batch:
+    def wait_until_done(self, batch_id: str, timeout_s: float = PATIENCE_S) -> Batch:
         wait_for(
             lambda: self.batch(batch_id).is_terminal,
             timeout_s=timeout_s,
@@ -176,7 +182,7 @@ class Site:
         )
         return self.batch(batch_id)
 
-    def wait_for_progress(self, batch_id: str, done: int, timeout_s: float = 60.0) -> Batch:
+    def wait_for_progress(self, batch_id: str, done: int, timeout_s: float = PATIENCE_S) -> Batch:
         wait_for(
             lambda: self.batch(batch_id).progress.done >= done,
             timeout_s=timeout_s,
@@ -212,11 +218,11 @@ class Site:
     def close(self) -> None:
         for process in self._processes:
             kill_tree(process.pid)
-            process.wait(timeout=10)
+            process.wait(timeout=120)
         self.store.close()
 
 
-def engine_pid(worker_pid: int, timeout_s: float = 30.0) -> int:
+def engine_pid(worker_pid: int, timeout_s: float = PATIENCE_S) -> int:
     """The process id of a worker's engine process."""
 
     def look() -> int | None:
@@ -244,7 +250,7 @@ def kill_tree(pid: int) -> None:
             process.send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
             continue
-    wait_for(lambda: all(map(_has_ended, processes)), timeout_s=10, what=f"the end of {processes}")
+    wait_for(lambda: all(map(_has_ended, processes)), timeout_s=120, what=f"the end of {processes}")
 
 
 def _has_ended(process: psutil.Process) -> bool:

@@ -8,9 +8,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+#: How long a test waits for what is going to happen: far longer than a busy machine needs, for it
+#: only ends the wait for what never happens.
+PATIENCE_S = 120.0
+
 
 def wait_for(
-    look: Callable[[], T], *, timeout_s: float = 30.0, every_s: float = 0.02, what: str = ""
+    look: Callable[[], T], *, timeout_s: float = PATIENCE_S, every_s: float = 0.02, what: str = ""
 ) -> T:
     """Look until the answer is true, and return it; fail the test when time runs out."""
     deadline = time.monotonic() + timeout_s

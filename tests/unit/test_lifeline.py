@@ -27,8 +27,8 @@ def test_killed_with_its_parent() -> None:
     with parent.stdout:
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-        parent.wait(10)
-        gone, alive = psutil.wait_procs([child], timeout=10)
+        parent.wait(120)
+        gone, alive = psutil.wait_procs([child], timeout=120)
     for process in alive:
         process.kill()
     assert gone
