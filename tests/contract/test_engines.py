@@ -50,6 +50,19 @@ class TestSimEngine(EngineConformance, EngineLifetime):
         return wordy(number)
 
 
+def test_the_simulated_engine_holds_while_a_file_exists(tmp_path: Path) -> None:
+    hold = tmp_path / "hold"
+    hold.touch()
+    engine = SimEngine(spec(hold_after=2, hold_while=str(hold), max_num_seqs=1))
+    engine.load()
+    engine.submit([chat(number) for number in range(5)])
+    collect_all(engine, [0, 1])
+    assert engine.collect(0.05) == []
+    hold.unlink()
+    collect_all(engine, [2, 3, 4])
+    engine.close()
+
+
 @pytest.fixture(scope="module")
 def process_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     log = tmp_path_factory.mktemp("host") / "engine.log"
