@@ -363,11 +363,25 @@ def copy_sqlite(source: Path, target: Path) -> None:
         raise OSError(f"The database can't be copied: {error}") from error
 
 
-def migrate(engine: Engine) -> None:
-    """Bring the tables to the newest version. Safe when several processes start at once."""
+def _alembic() -> tuple[Config, str]:
+    """Its configuration, and the newest version."""
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS_DIR))
     newest = ScriptDirectory.from_config(config).get_current_head()
+    assert newest is not None
+    return config, newest
+
+
+def revisions(engine: Engine) -> tuple[str | None, str]:
+    """The version of the tables, None where there are none, and the newest. Changes nothing."""
+    with engine.connect() as connection, connection.begin():
+        present = MigrationContext.configure(connection).get_current_revision()
+    return present, _alembic()[1]
+
+
+def migrate(engine: Engine) -> None:
+    """Bring the tables to the newest version. Safe when several processes start at once."""
+    config, newest = _alembic()
     with engine.connect() as connection, connection.begin():
         if MigrationContext.configure(connection).get_current_revision() == newest:
             return

@@ -19,16 +19,18 @@ from batch_app.config import CONFIG_FILE_VARIABLE, DEFAULT_CONFIG_FILE, Settings
 from batch_app.errors import ConfigError
 
 PREFIX = "VLLM_BATCH_"
+WEBHOOK_SECRET_VARIABLE = f"{PREFIX}WEBHOOK_SECRET"
 #: Variables that are no settings of a site, and who reads them.
 OTHER_VARIABLES: Mapping[str, str] = {
     CONFIG_FILE_VARIABLE: "the settings file",
     "VLLM_BATCH_SERVER": "the server that commands ask, as --server",
     "VLLM_BATCH_API_KEY": "the API key that commands send, as --api-key",
+    WEBHOOK_SECRET_VARIABLE: "the secret of webhooks that `submit` asks for",
     "VLLM_BATCH_ENGINE": "which engine `make setup` installs",
 }
 #: Read by tests alone.
 _OF_TESTS = frozenset({"VLLM_BATCH_CRASH_AT"})
-_SECRETS = frozenset({"VLLM_BATCH_API_KEY"})
+_SECRETS = frozenset({"VLLM_BATCH_API_KEY", WEBHOOK_SECRET_VARIABLE})
 _PASSWORD = re.compile(r"(://[^:/@\s]*):[^@\s]*@")
 _TOKEN = re.compile(r"\b(vbk_[0-9a-f]{12}_)\w+")
 MASK = "***"

@@ -115,8 +115,12 @@ COMMANDS_HEAD = """\
 `vllm-batch COMMAND --help` says the same as this page, which is made by `tools/write_docs.py`.
 
 Data goes to standard output, messages and progress to standard error. Off a terminal there are no
-bars and no colours, nor with `NO_COLOR`. Most commands answer in JSON with `--json`.
-`vllm-batch --install-completion` sets up the completion of commands, options and ids of batches.
+bars and no colours; with `NO_COLOR` set there are no colours on one either. Most commands answer in
+JSON with `--json`; `serve`, `worker` and `up` then print what they say as one JSON object a line.
+
+`vllm-batch --install-completion` sets up the completion of commands, options, ids of batches and
+names of models, for bash, zsh, fish or PowerShell, whichever it is started from; start the shell
+again then. `--show-completion` prints the script instead.
 
 Commands for batches ask the server of this machine, where its settings have it listen. Another one:
 `--server` or `VLLM_BATCH_SERVER`; with an API key: `VLLM_BATCH_API_KEY` or `--api-key`.

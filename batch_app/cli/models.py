@@ -248,9 +248,10 @@ def remove(
 
 def _num_waiting(settings: Settings, entry: ModelEntry) -> int:
     """Unfinished batches of this model; 0 where there is no database yet."""
+    from batch_app.doctor.storage import has_database
     from batch_app.store import Store
 
-    if not settings.database_url and not settings.sqlite_file.exists():
+    if not has_database(settings):
         return 0
     store = Store(settings.resolved_database_url)
     try:

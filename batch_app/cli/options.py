@@ -31,6 +31,7 @@ LogFormat = Annotated[
     Literal["text", "json"] | None,
     typer.Option(help="What is printed; json: one object a line.", show_default="text"),
 ]
+LogJson = Annotated[bool, typer.Option("--json", help="The same as --log-format json.")]
 NoAuth = Annotated[
     bool,
     typer.Option(

@@ -12,6 +12,7 @@ from batch_app.cli import (
     backups,
     batches,
     config,
+    doctor,
     estimates,
     keys,
     models,
@@ -110,6 +111,7 @@ app.add_typer(estimates.app)
 app.add_typer(servers.app)
 app.add_typer(models.app, name="models", rich_help_panel=servers.SECTION)
 app.add_typer(keys.app, name="keys", rich_help_panel=servers.SECTION)
+app.add_typer(doctor.app)
 app.add_typer(backups.app)
 app.add_typer(config.app, name="config", rich_help_panel=servers.SECTION)
 

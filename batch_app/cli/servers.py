@@ -6,7 +6,16 @@ import sys
 
 import typer
 
-from batch_app.cli.options import DatabaseUrl, DataFolder, Host, LogFormat, Models, NoAuth, Port
+from batch_app.cli.options import (
+    DatabaseUrl,
+    DataFolder,
+    Host,
+    LogFormat,
+    LogJson,
+    Models,
+    NoAuth,
+    Port,
+)
 
 #: Under which `--help` lists what runs or keeps a site.
 SECTION = "On the server's machine"
@@ -23,6 +32,7 @@ def serve(
     database_url: DatabaseUrl = None,
     no_auth: NoAuth = False,
     log_format: LogFormat = None,
+    as_json: LogJson = False,
 ) -> None:
     """Run the API server."""
     from batch_app import api_server
@@ -35,7 +45,7 @@ def serve(
         models=models,
         database_url=database_url,
         no_auth=no_auth or None,
-        log_format=log_format,
+        log_format=_log_format(log_format, as_json),
     )
     raise typer.Exit(api_server.serve(settings))
 
@@ -48,6 +58,7 @@ def worker(
     models: Models = None,
     database_url: DatabaseUrl = None,
     log_format: LogFormat = None,
+    as_json: LogJson = False,
 ) -> None:
     """Run a worker, which loads models and answers batches."""
     from batch_app import worker as worker_process
@@ -59,7 +70,7 @@ def worker(
         data_dir=data_dir,
         models=models,
         database_url=database_url,
-        log_format=log_format,
+        log_format=_log_format(log_format, as_json),
     )
     raise typer.Exit(worker_process.main(settings))
 
@@ -73,6 +84,7 @@ def up(
     database_url: DatabaseUrl = None,
     no_auth: NoAuth = False,
     log_format: LogFormat = None,
+    as_json: LogJson = False,
 ) -> None:
     """Run API server and worker together. Ctrl-C lets both finish what they are at."""
     from batch_app import logs
@@ -88,7 +100,7 @@ def up(
         models=models,
         database_url=database_url,
         no_auth=no_auth or None,
-        log_format=log_format,
+        log_format=_log_format(log_format, as_json),
     )
     check_address(settings)
     given = {
@@ -97,7 +109,7 @@ def up(
         "--data-dir": data_dir,
         "--models": models,
         "--database-url": database_url,
-        "--log-format": log_format,
+        "--log-format": _log_format(log_format, as_json),
     }
     flags = [
         text for flag, value in given.items() if value is not None for text in (flag, str(value))
@@ -111,3 +123,9 @@ def up(
         logs.set_up(settings.log_format)
         raise typer.Exit(Supervisor(commands, say=logs.say).run())
     raise typer.Exit(Supervisor(commands).run())
+
+
+def _log_format(said: str | None, as_json: bool) -> str | None:
+    if as_json and said == "text":
+        raise typer.BadParameter("--json and --log-format text contradict each other.")
+    return "json" if as_json else said

@@ -33,6 +33,7 @@ from batch_app.cli.waiting import outcome, wait_for
 from batch_app.client import Batch
 from batch_app.client.tables import Empty, Prompt
 from batch_app.errors import BadLines, BadRequest
+from batch_app.origins import WEBHOOK_SECRET_VARIABLE
 
 app = typer.Typer()
 
@@ -96,6 +97,22 @@ def submit(
             show_default=False,
         ),
     ] = None,
+    webhook_url: Annotated[
+        str | None,
+        typer.Option(
+            help="Told of the batch's end by a signed POST. Its secret is shown once.",
+            show_default=False,
+        ),
+    ] = None,
+    webhook_secret: Annotated[
+        str | None,
+        typer.Option(
+            envvar=WEBHOOK_SECRET_VARIABLE,
+            help="A secret of your own for it: whsec_ and 24 to 64 bytes in base64. Rather set the "
+            "variable: others on the machine see what stands on a command line.",
+            show_default="made by the server",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")] = False,
     as_json: Json = False,
     server: Server = None,
@@ -117,6 +134,10 @@ def submit(
         )
     if len(names) > 1 and idempotency_key is not None:
         raise typer.BadParameter("--idempotency-key is for one file.")
+    if webhook_url is not None:
+        options["webhook_url"] = webhook_url
+        if webhook_secret is not None:
+            options["webhook_secret"] = webhook_secret
     targets = _targets(names, download)
     code = ExitCode.OK
     with connected(server, api_key) as client:
@@ -134,6 +155,9 @@ def submit(
                 _tell(
                     batch, source.name, waits=wait or target is not None, place=same_place(server)
                 )
+                webhook = batch.raw.get("webhook")
+                if webhook and webhook_secret is None:
+                    say(f"Its webhook's secret, shown this once: {webhook['secret']}")
                 if not as_json:
                     show(batch.id)
                 if wait or target is not None:

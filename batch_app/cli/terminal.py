@@ -72,9 +72,12 @@ def show_facts(rows: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def show_findings(findings: Sequence[Finding]) -> None:
-    """What was looked at, one a line, each with what to do about it beneath. Nothing is cut off."""
-    width = max((len(finding.subject) for finding in findings), default=0)
+def show_findings(findings: Sequence[Finding], width: int = 0) -> None:
+    """What was looked at, one a line, each with what to do about it beneath. Nothing is cut off.
+
+    `width`: of the column of subjects, at least.
+    """
+    width = max((width, *(len(finding.subject) for finding in findings)))
     console = Console(highlight=False, soft_wrap=True)
     for finding in findings:
         console.print(

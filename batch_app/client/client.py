@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,6 +87,8 @@ class BatchClient:
         `requests`: a path (JSON lines, plain, `.gz` or `.zst`; `-` is standard input), bytes, or
         an iterable of requests. `model` runs them all; without it each line names its own in
         `body.model`, and `options` may have `priority`, `completion_window` and `metadata`.
+        Always they may have `webhook_url`, which is told of the end (its secret is in the batch's
+        `raw["webhook"]`, this once), and `webhook_secret`, one of your own.
         A program that is started anew with the same `idempotency_key` gets the same batch.
 
         Raises:
@@ -121,6 +124,7 @@ class BatchClient:
             **options,
         }
         made = self._connection.json("POST", "/v1/batches", body=wish, headers=key)
+        webhook = made.get("webhook")  # with its secret, which no later answer has
         looks = _pauses(1.0)
         while made["status"] == "validating":
             self._sleep(next(looks))
@@ -129,7 +133,8 @@ class BatchClient:
             bad = made["errors"]["data"]
             lines = [LineError(e["code"], e["message"], e["line"], e["param"]) for e in bad]
             raise BadLines(f"The file {source.name} can't run.", lines, len(lines))
-        return self.get(made["id"])
+        batch = self.get(made["id"])
+        return replace(batch, raw={**batch.raw, "webhook": webhook}) if webhook else batch
 
     def retry(self, batch: Batch | str) -> Batch:
         """A new batch of those requests of a finished one that did not succeed.

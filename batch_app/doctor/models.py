@@ -227,7 +227,8 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
     arguments = {name.replace("-", "_"): value for name, value in entry.engine_args.items()}
     needs = f"{size(model.weight_bytes)} of weights"
     if machine.device_type == "cpu":
-        cache = int(os.environ.get("VLLM_CPU_KVCACHE_SPACE", _CPU_CACHE_GIB)) * GIB
+        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
+        cache = (int(space) if space.isdecimal() else _CPU_CACHE_GIB) * GIB
         free = psutil.virtual_memory().available
         if model.weight_bytes + cache + _OVERHEAD_BYTES > total:
             return fail(

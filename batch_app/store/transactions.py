@@ -25,6 +25,11 @@ class Transactions:
         with translated_errors():
             database.migrate(self._engine)
 
+    def revisions(self) -> tuple[str | None, str]:
+        """The version of the tables, None where there are none, and the newest. Changes nothing."""
+        with translated_errors():
+            return database.revisions(self._engine)
+
     def close(self) -> None:
         self._engine.dispose()
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from acceptance.conftest import Running
 from batch_app.cli import app
 from batch_app.client import BatchClient
+from support.receiver import receiving
 from support.sdk import jsonl, line, lines
 from support.site import REPO
 
@@ -338,3 +340,88 @@ def test_a_reader_that_leaves_early_is_no_error(shell: Shell) -> None:
     )
     assert json.loads(said.stdout)["custom_id"] == "r0"
     assert said.stderr == b""
+
+
+def environment_of(shell: Shell) -> dict[str, str]:
+    return os.environ | {"VLLM_BATCH_SERVER": shell.url, "PYTHONPATH": str(REPO), "COLUMNS": "80"}
+
+
+@pytest.mark.parametrize("command", ["wait", "watch"])
+def test_ctrl_c_ends_it_and_says_how_to_come_back(idle: Shell, command: str) -> None:
+    idle.file("in.jsonl", lines(3))
+    batch_id = idle("submit", "in.jsonl", "-m", "sim").out.strip()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batch_app.cli", command, batch_id],
+        env=environment_of(idle),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()  # from now on it waits
+    assert f"{batch_id} pending" in first
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "")
+    assert "goes on without you" in err
+    assert f"vllm-batch {command} {batch_id} --server {idle.url}" in err
+    assert "Traceback" not in err
+    assert idle("cancel", batch_id).code == 0  # it had gone on
+
+
+def test_ctrl_c_on_the_live_screen(idle: Shell) -> None:
+    idle.file("in.jsonl", lines(3))
+    batch_id = idle("submit", "in.jsonl", "-m", "sim").out.strip()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batch_app.cli", "watch", batch_id],
+        env=environment_of(idle) | {"TERM": "xterm-256color"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while b"0 of 3 done" not in shown:
+        shown += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    shown += read_all(lambda: os.read(ours, 65536)).encode()
+    os.close(ours)
+    assert process.wait(timeout=120) == 130
+    assert f"vllm-batch watch {batch_id}".encode() in shown
+    assert b"Traceback" not in shown
+    assert idle("cancel", batch_id).code == 0
+
+
+def test_without_pyarrow_parquet_says_what_to_install(
+    idle: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    idle.file("in.parquet", b"PAR1")
+    said = idle("submit", "in.parquet", "-m", "sim", "-t", "{text}")
+    assert (said.code, said.out) == (3, "")
+    assert "pip install 'vllm-batch-server[tables]'" in said.err
+    idle.file("in.csv", b"text\nhello\n")
+    assert idle("validate", "in.csv", "-t", "{text}").code == 0  # CSV works without it
+
+
+OWN_SECRET = "whsec_MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY="
+
+
+@pytest.mark.parametrize("model", ["sim", None], ids=["form", "by file"])
+def test_a_webhook_is_told_of_the_end(shell: Shell, model: str | None) -> None:
+    shell.file("in.jsonl", lines(2, "sim"))
+    flags = ["--model", model] if model else []
+    with receiving() as receiver:
+        said = shell("submit", "in.jsonl", *flags, "--webhook-url", receiver.url)
+        assert said.code == 0, said.err
+        assert "secret, shown this once: whsec_" in said.err
+        [call] = receiver.wait_for_calls(1, timeout_s=120)
+        assert json.loads(call.body)["data"]["id"] == said.out.strip()
+        own = ("--webhook-url", receiver.url, "--webhook-secret", OWN_SECRET)
+        said = shell("submit", "in.jsonl", *flags, *own)
+        assert (said.code, "whsec_" in said.err) == (0, False)
+        receiver.wait_for_calls(2, timeout_s=120)
+    refused = shell("submit", "in.jsonl", *flags, "--webhook-url", "http://10.0.0.1/")
+    assert (refused.code, refused.out) == (3, "")

@@ -48,6 +48,25 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         assert given[-1].no_auth is False
 
 
+def test_json_is_the_format_of_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Settings] = []
+
+    def keep(settings: Settings) -> int:
+        given.append(settings)
+        return 0
+
+    monkeypatch.setattr(api_server, "serve", keep)
+    monkeypatch.setattr(worker, "main", keep)
+    for command in ("serve", "worker"):
+        assert runner.invoke(app, [command, "--json"]).exit_code == 0
+        assert given[-1].log_format == "json"
+        assert runner.invoke(app, [command]).exit_code == 0
+        assert given[-1].log_format == "text"
+        result = runner.invoke(app, [command, "--json", "--log-format", "text"])
+        assert result.exit_code == 2
+    assert runner.invoke(app, ["up", "--json", "--log-format", "text"]).exit_code == 2
+
+
 @pytest.mark.parametrize("command", ["serve", "up"])
 def test_open_addresses_are_refused(command: str) -> None:
     result = runner.invoke(app, [command, "--host", "0.0.0.0"])
