@@ -18,10 +18,13 @@ from batch_app.core import Endpoint
 MAX_CUSTOM_ID_CHARS = 512
 
 
+CustomId = Annotated[str, Meta(min_length=1, max_length=MAX_CUSTOM_ID_CHARS)]
+
+
 class Around(Struct, forbid_unknown_fields=True, gc=False):
     """A line, with the hole as its body."""
 
-    custom_id: Annotated[str, Meta(min_length=1, max_length=MAX_CUSTOM_ID_CHARS)]
+    custom_id: CustomId
     body: int
     method: Literal["POST"] = "POST"
     url: str = Endpoint.CHAT_COMPLETIONS.value
@@ -98,6 +101,7 @@ HOLE_VALUE = 10**18 + secrets.randbelow(8 * 10**18)
 HOLE = b"%d" % HOLE_VALUE
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+decode_id = msgspec.json.Decoder(CustomId).decode
 decode_around = msgspec.json.Decoder(Around).decode
 decode_raws = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _decode_text = msgspec.json.Decoder(str).decode

@@ -9,7 +9,6 @@ into memory by the worker: nobody parses the input twice to find or to order its
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,8 @@ import orjson
 
 from batch_app.errors import IndexUnreadable
 from batch_app.files import atomic_writer, no_room_is_storage_full
-from batch_app.prefixes import FINGERPRINT_BYTES
 
-VERSION = 2
+VERSION = 3
 #: `offset` and `length` in bytes; `line` from 1; `max_tokens` 0 where the line sets none;
 #: `content` is a hash of endpoint and body, 0 where they don't determine the answer; `model` and
 #: `endpoint` are positions in the lists of index.json; `num_marks`: fingerprints in prefixes.bin.
@@ -38,8 +36,6 @@ DTYPE = np.dtype(
         ("num_marks", "<u2"),
     ]
 )
-_pack = struct.Struct("<QIIIQHHH").pack
-_FLUSH_BYTES = 1 << 18
 
 
 class IndexWriter:
@@ -49,8 +45,6 @@ class IndexWriter:
         self._folder = folder
         self._file = (folder / "index.bin").open("wb")
         self._prefixes = (folder / "prefixes.bin").open("wb")
-        self._buffer = bytearray()
-        self._marks = bytearray()
         self._models: dict[str, int] = {}
         self._endpoints: dict[str, int] = {}
         self._num_marks = 0
@@ -63,41 +57,26 @@ class IndexWriter:
         self._file.close()
         self._prefixes.close()
 
-    def add(
-        self,
-        *,
-        offset: int,
-        length: int,
-        line: int,
-        max_tokens: int,
-        model: str,
-        endpoint: str,
-        content: int = 0,
-        marks: bytes = b"",
-    ) -> None:
-        """`marks`: the fingerprints of its prompt."""
-        models, endpoints = self._models, self._endpoints
-        num_marks = len(marks) // FINGERPRINT_BYTES
-        self._buffer += _pack(
-            offset,
-            length,
-            line,
-            max_tokens if 0 <= max_tokens < 2**32 else min(max(max_tokens, 0), 2**32 - 1),
-            content,
-            models.setdefault(model, len(models)),
-            endpoints.setdefault(endpoint, len(endpoints)),
-            num_marks,
-        )
-        self._marks += marks
-        self.num_requests += 1
-        self._num_marks += num_marks
-        if len(self._buffer) >= _FLUSH_BYTES:
-            self._flush()
+    def model(self, name: str) -> int:
+        """What stands for it in `model` of the records."""
+        return self._models.setdefault(name, len(self._models))
+
+    def endpoint(self, name: str) -> int:
+        """What stands for it in `endpoint` of the records."""
+        return self._endpoints.setdefault(name, len(self._endpoints))
+
+    def extend(self, records: npt.NDArray[Any], marks: npt.NDArray[np.uint32]) -> None:
+        """The next requests, of dtype `DTYPE`, and the fingerprints of their prompts, one's after
+        the other's. Raises StorageFull."""
+        with no_room_is_storage_full("writing the index"):
+            self._file.write(records.tobytes())
+            self._prefixes.write(marks.astype("<u4", copy=False).tobytes())
+        self.num_requests += len(records)
+        self._num_marks += len(marks)
 
     def finish(self) -> None:
         """Raises StorageFull."""
         with no_room_is_storage_full("writing the index"):
-            self._flush()
             for written in (self._file, self._prefixes):
                 written.flush()
                 os.fsync(written.fileno())
@@ -110,13 +89,6 @@ class IndexWriter:
         }
         with atomic_writer(self._folder / "index.json") as file:
             file.write(orjson.dumps(header))
-
-    def _flush(self) -> None:
-        with no_room_is_storage_full("writing the index"):
-            self._file.write(self._buffer)
-            self._prefixes.write(self._marks)
-        self._buffer.clear()
-        self._marks.clear()
 
 
 @dataclass(frozen=True, slots=True)

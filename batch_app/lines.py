@@ -4,14 +4,16 @@ The check is of form and policy: JSON, the line's own fields, and the fields of 
 (`batch_app.policy`). What only the model can judge (a prompt too long for its context, a tool the
 template doesn't know) the engine answers for that request alone.
 
-There are two ways through. The **plain way** parses the line and walks it; it alone says what is
+There are three ways through. The **plain way** parses the line and walks it; it alone says what is
 wrong. The **short way** takes only good lines, for speed. It rests on this: in one file, the lines
 differ in their ids and prompts, and hardly in anything else. So the line is cut into three, by
 searching for bytes: the prompt (`messages`), the rest of the body around it, and the line around
 the body. The prompt and the line are decoded by typed decoders; the rest is judged as the plain way
 would, and the verdict is kept for other lines with the same bytes there. In the place of what was
 cut out stands a secret number, and it must come back as the value of the field: a cut in the wrong
-place can't pass. What the short way doesn't take, for whatever reason, goes the plain way.
+place can't pass. Once two lines in a row were cut alike, the **shortest way** takes those that
+are the same byte for byte but for the text of the id and the prompt, which two typed decoders read.
+What a shorter way doesn't take, for whatever reason, goes the next longer one.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from batch_app.cuts import (
     MAX_CUSTOM_ID_CHARS,
     USUAL,
     decode_around,
+    decode_id,
     decode_raws,
     end_of_body,
     ends_of_prompt,
@@ -78,24 +81,35 @@ _HEAD = (
 )
 
 
-class RequestLine(Struct, frozen=True, gc=False):
-    """A line that passed. `model` is None where the body names none.
+class Verdict(Struct, frozen=True, gc=False):
+    """What a line says besides its id and its prompt. Lines that are alike share one.
 
-    `body`: the JSON of the body, byte for byte as it was sent. `prompt`: (head, stream), of which
-    `stream` is the JSON of what the prompt is made of, and `head` that of what comes before it in
-    the prompt; equal heads and streams with equal beginnings make prompts with equal beginnings.
-    `deterministic`: whether the same body always has the same answer. `max_tokens` 0: none given.
-    `template_arguments`: the names in `chat_template_kwargs`, which only the registry can judge.
+    `model` is None where the body names none. `max_tokens` 0: none given. `head`: the JSON of what
+    comes before the stream in the prompt. `deterministic`: whether the same body always has the
+    same answer. `template_arguments`: the names in `chat_template_kwargs`, which only the registry
+    can judge.
     """
 
-    custom_id: str
     endpoint: str
     model: str | None
     max_tokens: int
-    body: bytes
-    prompt: tuple[bytes, bytes]
+    head: bytes
     deterministic: bool
-    template_arguments: tuple[str, ...] = ()
+    template_arguments: tuple[str, ...]
+
+
+class RequestLine(Struct, frozen=True, gc=False):
+    """A line that passed.
+
+    `body`: the JSON of the body, byte for byte as it was sent. `stream`: the JSON of what the
+    prompt is made of; equal heads and streams with equal beginnings make prompts with equal
+    beginnings.
+    """
+
+    custom_id: str
+    body: bytes
+    stream: bytes
+    verdict: Verdict
 
 
 class LineParser:
@@ -107,8 +121,9 @@ class LineParser:
     def __init__(self, only_endpoint: str | None = None, limits: BodyLimits | None = None) -> None:
         self._only_endpoint = only_endpoint
         self._limits = limits or BodyLimits()
-        self._verdicts: dict[tuple[str, bytes], _Verdict] = {}
-        self._last = _Cut("", b"", b"", str, 0, _Verdict(None, 0, b"", False, ()))
+        self._verdicts: dict[tuple[str, bytes], Verdict] = {}
+        self._last = _Cut(b"", b"", str, 0, Verdict("", None, 0, b"", False, ()))
+        self._layout: Layout | None = None
 
     def parse(self, raw: bytes) -> RequestLine:
         """Check one line (without its line feed) and take it apart.
@@ -116,7 +131,46 @@ class LineParser:
         Raises:
             LineProblem: with a code of the OpenAI dialect's list, and what to do.
         """
-        return self.parse_short(raw) or self.parse_plain(raw)
+        return self.parse_alike(raw) or self.parse_short(raw) or self.parse_plain(raw)
+
+    # -- the shortest way ----------------------------------------------------------------------
+
+    def parse_alike(self, raw: bytes) -> RequestLine | None:
+        """The line taken apart, where it has the layout of those before it; None: it hasn't."""
+        layout = self._layout
+        if layout is None or not (raw.startswith(layout.before) and raw.endswith(layout.after)):
+            return None
+        at = len(layout.before)
+        id_end = raw.find(b'"', at)
+        if not raw.startswith(layout.between, id_end):
+            return None
+        stream = raw[id_end + len(layout.between) : -len(layout.after)]
+        try:
+            custom_id = decode_id(raw[at - 1 : id_end + 1])
+            prompt = layout.cut.decode(stream)
+        except (ValueError, msgspec.MsgspecError, RecursionError):
+            return None
+        if prompt.__class__ is list and not 0 < len(prompt) <= layout.cut.max_entries:
+            return None
+        body = raw[id_end + layout.body_at : len(raw) - layout.body_end]
+        return RequestLine(custom_id, body, stream, layout.cut.verdict)
+
+    def _layout_of(self, raw: bytes, start: int, end: int, custom_id: str) -> Layout | None:
+        """What this line, whose body is raw[start:end] and cut as the last one, has in common with
+        others; None: nothing that can be relied on."""
+        cut = self._last
+        at = raw.find(b'"custom_id"') + len(b'"custom_id"')
+        at = raw.find(b'"', at) + 1
+        id_end = raw.find(b'"', at)
+        before, between = raw[:at], raw[id_end : start + len(cut.before)]
+        if not 0 < at <= id_end < start or raw[at:id_end] != custom_id.encode():
+            return None
+        # The same proof as for the body's place: a secret must come back.
+        around = decode_around(before + HOLE + raw[id_end:start] + HOLE + raw[end:])
+        if (around.custom_id, around.body) != (HOLE.decode(), HOLE_VALUE):
+            return None
+        after = cut.after + raw[end:]
+        return Layout(before, between, after, start - id_end, len(raw) - end, cut)
 
     # -- the short way -------------------------------------------------------------------------
 
@@ -138,7 +192,7 @@ class LineParser:
             cut = self._last
             # Most lines are around their prompts exactly as the one before.
             if (
-                cut.endpoint == endpoint
+                cut.verdict.endpoint == endpoint
                 and body.startswith(cut.before)
                 and body.endswith(cut.after)
             ):
@@ -150,21 +204,13 @@ class LineParser:
             if prompt is None:
                 stream, prompt, cut = self._cut(endpoint, body)
                 self._last = cut
+            else:
+                self._layout = self._layout_of(raw, start, end, around.custom_id)
         except (ValueError, msgspec.MsgspecError, RecursionError):
             return None
         if prompt.__class__ is list and not 0 < len(prompt) <= cut.max_entries:
             return None
-        verdict = cut.verdict
-        return RequestLine(
-            around.custom_id,
-            endpoint,
-            verdict.model,
-            verdict.max_tokens,
-            body,
-            (verdict.head, stream),
-            verdict.deterministic,
-            verdict.template_arguments,
-        )
+        return RequestLine(around.custom_id, body, stream, cut.verdict)
 
     def _cut(self, endpoint: str, body: bytes) -> tuple[bytes, Any, _Cut]:
         """The prompt of this body, as bytes and decoded, and what is around it.
@@ -188,10 +234,10 @@ class LineParser:
                 or self._judge_usual(endpoint, rest)
                 or self._judge(endpoint, rest)
             )
-            return body[at:stop], prompt, _Cut(endpoint, before, after, decode, most, verdict)
+            return body[at:stop], prompt, _Cut(before, after, decode, most, verdict)
         raise ValueError("not where it is sought")
 
-    def _judge_usual(self, endpoint: str, rest: bytes) -> _Verdict | None:
+    def _judge_usual(self, endpoint: str, rest: bytes) -> Verdict | None:
         """The same as `_judge`, sooner, where `max_tokens` or `seed` differ from line to line."""
         decode = USUAL.get(endpoint)
         if decode is None:
@@ -206,9 +252,9 @@ class LineParser:
         if max(max_tokens, most) > self._limits.max_output_tokens:
             return None
         deterministic = body.temperature == 0 or body.seed is not None
-        return _Verdict(body.model, most or max_tokens, b"", deterministic, ())
+        return Verdict(endpoint, body.model, most or max_tokens, b"", deterministic, ())
 
-    def _judge(self, endpoint: str, rest: bytes) -> _Verdict:
+    def _judge(self, endpoint: str, rest: bytes) -> Verdict:
         """The verdict on a body without its prompt. Raises ValueError: the plain way shall look."""
         (field,) = _STREAM[endpoint]
         body = orjson.loads(rest)
@@ -253,16 +299,7 @@ class LineParser:
         stream = b",".join(
             bytes(raws[field]) for field in _STREAM[endpoint] if body.get(field) is not None
         )
-        return RequestLine(
-            custom_id,
-            endpoint,
-            verdict.model,
-            verdict.max_tokens,
-            raw_body,
-            (verdict.head, stream),
-            verdict.deterministic,
-            verdict.template_arguments,
-        )
+        return RequestLine(custom_id, raw_body, stream, verdict)
 
     def _endpoint(self, line: Mapping[str, Any]) -> str:
         endpoint = line.get("url", Endpoint.CHAT_COMPLETIONS.value)
@@ -291,30 +328,20 @@ def _default_parser(only_endpoint: str | None) -> LineParser:
 # -- what is known of a line already --------------------------------------------------------------
 
 
-class _Verdict(Struct, frozen=True, gc=False):
-    """What is known of a body without its prompt; the fields are RequestLine's."""
-
-    model: str | None
-    max_tokens: int
-    head: bytes
-    deterministic: bool
-    template_arguments: tuple[str, ...]
-
-
 class _Cut(Struct, frozen=True, gc=False):
     """The bytes of a body around its prompt, what decodes the prompt, and the verdict on them."""
 
-    endpoint: str
     before: bytes
     after: bytes
     decode: Callable[[bytes], Any]
     max_entries: int
-    verdict: _Verdict
+    verdict: Verdict
 
 
-def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.Raw]) -> _Verdict:
+def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.Raw]) -> Verdict:
     stream = _STREAM[endpoint]
-    return _Verdict(
+    return Verdict(
+        endpoint=endpoint,
         model=body.get("model"),
         max_tokens=body.get("max_completion_tokens")
         or body.get("max_tokens")
@@ -332,6 +359,21 @@ def _verdict(endpoint: str, body: Mapping[str, Any], raws: Mapping[str, msgspec.
         ),
         template_arguments=tuple(body.get("chat_template_kwargs") or ()),
     )
+
+
+class Layout(Struct, frozen=True, gc=False):
+    """A line is `before`, its id as plain text, `between`, its prompt, `after`.
+
+    `between` begins with the quote behind the id; there begin, `body_at` bytes on, the body's
+    bytes, and they end `body_end` bytes before the line does.
+    """
+
+    before: bytes
+    between: bytes
+    after: bytes
+    body_at: int
+    body_end: int
+    cut: _Cut
 
 
 # -- what the plain way says -------------------------------------------------------------------

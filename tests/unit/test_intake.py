@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
-from array import array
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from batch_app.core import LineError
 from batch_app.errors import BadLines, IndexUnreadable, StorageFull
-from batch_app.index import Index, IndexWriter
+from batch_app.index import DTYPE, Index, IndexWriter
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry, ModelRegistry
 
@@ -149,7 +148,7 @@ def test_duplicates_are_found_wherever_they_stand(ids: list[str]) -> None:
 
 
 def test_equal_hashes_are_not_duplicates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch_app.intake.hash", lambda _: 7, raising=False)
+    monkeypatch.setattr("batch_app.line_check.hash", lambda _: 7, raising=False)
     path = tmp_path / "input.jsonl"
     path.write_bytes(lines(5))
 
@@ -251,16 +250,18 @@ class TestIndex:
     def test_round_trip(self, tmp_path: Path) -> None:
         with IndexWriter(tmp_path) as writer:
             for number in range(100):
-                writer.add(
-                    offset=number * 10,
-                    length=9,
-                    line=number + 1,
-                    max_tokens=-5 if number == 0 else 2**40,
-                    model=f"m{number % 3}",
-                    endpoint="/v1/completions",
-                    content=2**64 - 1 - number,
-                    marks=array("I", range(number)).tobytes(),
+                model, endpoint = writer.model(f"m{number % 3}"), writer.endpoint("/v1/completions")
+                fields = (
+                    number * 10,
+                    9,
+                    number + 1,
+                    2**32 - 1,
+                    2**64 - 1 - number,
+                    model,
+                    endpoint,
                 )
+                records = np.array([(*fields, number)], DTYPE)
+                writer.extend(records, np.arange(number, dtype=np.uint32))
             writer.finish()
 
         index = Index.load(tmp_path)
@@ -270,7 +271,6 @@ class TestIndex:
         assert index.endpoints == ("/v1/completions",)
         assert index.records[7].tolist() == (70, 9, 8, 2**32 - 1, 2**64 - 8, 1, 0, 7)
         assert index.prefixes[:6].tolist() == [0, 0, 1, 0, 1, 2]
-        assert index.records["max_tokens"][0] == 0
 
     @pytest.mark.parametrize(
         "damage",

@@ -1,4 +1,4 @@
-"""The short way takes nothing that the plain way refuses, and makes the same of it."""
+"""The shorter ways take nothing that the plain way refuses, and make the same of it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ def plain(raw: bytes, only_endpoint: str | None = None) -> RequestLine | None:
 
 
 def assert_agreement(parser: LineParser, raw: bytes) -> None:
-    short = parser.parse_short(raw)
-    if short is not None:
-        assert short == plain(raw)
+    for way in (parser.parse_alike, parser.parse_short):
+        short = way(raw)
+        if short is not None:
+            assert short == plain(raw)
 
 
 def usual(body: dict[str, Any], **fields: Any) -> dict[str, Any]:
@@ -81,6 +82,66 @@ def test_usual_lines_go_the_short_way(name: str) -> None:
             assert short == plain(raw)
             assert orjson.loads(short.body) == line["body"]
             assert short.body in raw
+
+
+@pytest.mark.parametrize("name", USUAL)
+def test_lines_that_are_alike_go_the_shortest_way(name: str) -> None:
+    line = USUAL[name]
+    for dumps in (orjson.dumps, lambda each: json.dumps(each).encode()):
+        parser = LineParser()
+        for custom_id in ("r1", "r2"):
+            parser.parse(dumps(line | {"custom_id": custom_id}))
+        for custom_id in ("another", "ü", 'a "b"', "r" * 512, "r" * 513, ""):
+            raw = dumps(line | {"custom_id": custom_id})
+            alike = parser.parse_alike(raw)
+            assert_agreement(parser, raw)
+            if custom_id == "another":
+                assert alike is not None
+
+
+# A line with two places in it: for the text of the id, and for the value of the prompt.
+_LAYOUTS = (
+    b'{"custom_id":"%b","body":{"messages":%b,"seed":1}}',
+    b'{"custom_id": "%b", "url": "/v1/completions", "body": {"prompt": %b, "seed": 1}}',
+    b'{"custom_id":"x","custom_id":"%b","body":{"messages":%b}}',
+    b'{"custom_id":"%b","custom_id":"x","body":{"messages":%b}}',
+    b'{"custom_id":"%b","custom_id":"r1","body":{"messages":%b}}',
+    b'{"custom_id":"%b","method":"POST","body":{"user":"\\"custom_id\\":\\"","messages":%b}}',
+    b'{"method":"POST","custom_id":"%b","body":{"messages":%b},"url":"/v1/chat/completions"}',
+    b'{"body":{"messages":%b},"custom_id":"%b"}',
+    b' {"custom_id" :"%b" ,"body" :{"messages" :%b}} ',
+    b'{"custom_id":"%b","body":{"metadata":{"custom_id":"r1"},"messages":%b}}',
+)
+_ID_TEXTS = st.sampled_from(
+    [b"r1", b"r2", b"", b"a\\", b'a\\"b', b"\\u0041", b"\xff", b"\x01", b'","x":"', b"r" * 513]
+)
+_PROMPT_TEXTS = st.sampled_from(
+    [
+        orjson.dumps(MESSAGES),
+        b'"text"',
+        b"[]",
+        b"",
+        b"null",
+        b'"a\\"',
+        b'[{"role":"user","content":"x"}],"messages":[]',
+        b'[{"role":"user","content":"x","odd":1}]',
+        b'[{"role":"user","content":"\xff"}]',
+        b'[{"role":"user","content":"]}"}]',
+    ]
+)
+
+
+@given(st.sampled_from(_LAYOUTS), st.lists(st.tuples(_ID_TEXTS, _PROMPT_TEXTS), max_size=4))
+def test_all_ways_agree_on_lines_that_are_nearly_alike(
+    layout: bytes, fillings: list[tuple[bytes, bytes]]
+) -> None:
+    parser = LineParser()
+    first = (
+        b'"text"' if b"completions" in layout and b"chat" not in layout else b'[{"role":"user"}]'
+    )
+    for custom_id, prompt in [(b"r1", first)] * 3 + fillings:
+        in_order = (prompt, custom_id) if layout.startswith(b'{"body"') else (custom_id, prompt)
+        assert_agreement(parser, layout % in_order)
 
 
 def test_another_line_with_the_same_rest_is_still_judged() -> None:
@@ -233,14 +294,15 @@ class TestWhatThePlannerNeeds:
         raw = orjson.dumps(usual({"messages": MESSAGES} | body))
         for line in (LineParser().parse(raw), plain(raw)):
             assert line is not None
-            assert line.deterministic is deterministic
+            assert line.verdict.deterministic is deterministic
 
     def test_embeddings_are_deterministic(self) -> None:
-        assert LineParser().parse(orjson.dumps(USUAL["embedding"])).deterministic
+        assert LineParser().parse(orjson.dumps(USUAL["embedding"])).verdict.deterministic
 
     def test_prompts(self) -> None:
         def prompt(url: str = CHAT, **body: Any) -> tuple[bytes, bytes]:
-            return LineParser().parse(orjson.dumps(usual(body, url=url))).prompt
+            line = LineParser().parse(orjson.dumps(usual(body, url=url)))
+            return line.verdict.head, line.stream
 
         assert prompt(messages=MESSAGES, n=1) == (b"", orjson.dumps(MESSAGES))
         head, _ = prompt(messages=MESSAGES, tools=TOOLS, temperature=1)
@@ -255,7 +317,7 @@ class TestWhatThePlannerNeeds:
 
     def test_max_tokens_of_a_response(self) -> None:
         raw = orjson.dumps(usual({"input": "x", "max_output_tokens": 7}, url="/v1/responses"))
-        assert LineParser().parse(raw).max_tokens == 7
+        assert LineParser().parse(raw).verdict.max_tokens == 7
 
     def test_url_of_the_batch(self) -> None:
         raw = orjson.dumps(USUAL["chat"])

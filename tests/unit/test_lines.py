@@ -26,17 +26,17 @@ def body(**fields: Any) -> bytes:
 def test_defaults() -> None:
     line = parse_line(raw())
     assert line.custom_id == "a"
-    assert line.endpoint == "/v1/chat/completions"
-    assert line.model is None
-    assert line.max_tokens == 0
+    assert line.verdict.endpoint == "/v1/chat/completions"
+    assert line.verdict.model is None
+    assert line.verdict.max_tokens == 0
     assert orjson.loads(line.body) == {"messages": MESSAGES}
-    assert line.prompt == (b"", orjson.dumps(MESSAGES))
+    assert (line.verdict.head, line.stream) == (b"", orjson.dumps(MESSAGES))
 
 
 def test_what_the_planner_needs_is_read() -> None:
     line = parse_line(body(model="m", max_tokens=7))
-    assert (line.model, line.max_tokens) == ("m", 7)
-    assert parse_line(body(max_tokens=7, max_completion_tokens=9)).max_tokens == 9
+    assert (line.verdict.model, line.verdict.max_tokens) == ("m", 7)
+    assert parse_line(body(max_tokens=7, max_completion_tokens=9)).verdict.max_tokens == 9
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,13 @@ def test_every_workload_is_a_good_batch_and_the_same_for_the_same_seed(
     assert len({request["custom_id"] for request in requests}) == len(requests)
     for request in requests:
         parsed = parse_line(json.dumps(request).encode())
-        assert parsed.max_tokens >= 1
+        assert parsed.verdict.max_tokens >= 1
         limits = WORKLOADS[name].limits(40)
         # Words and the template's tokens, with some room for words of two tokens.
-        assert num_words(prompt_of(request)) * 1.05 + 16 + parsed.max_tokens <= limits.max_model_len
+        assert (
+            num_words(prompt_of(request)) * 1.05 + 16 + parsed.verdict.max_tokens
+            <= limits.max_model_len
+        )
 
 
 def test_unique_prompts_have_nothing_in_common() -> None:

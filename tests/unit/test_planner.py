@@ -16,7 +16,7 @@ from batch_app.prefixes import MARKS, STRIDE_BYTES, fingerprints
 
 
 def marks_of(prompt: bytes, head: bytes = b"") -> list[int]:
-    return np.frombuffer(fingerprints(head, prompt), "<u4").tolist()
+    return fingerprints(head, prompt).tolist()
 
 
 def make_index(

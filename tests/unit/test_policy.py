@@ -262,7 +262,7 @@ def test_deep_schemas(depth: int) -> None:
     ],
 )
 def test_what_clients_send_is_allowed(url: str, fields: dict[str, Any]) -> None:
-    assert parse(url, **fields).endpoint == url
+    assert parse(url, **fields).verdict.endpoint == url
 
 
 def test_a_setting_moves_its_bound() -> None:
@@ -406,10 +406,10 @@ def test_unfolding_itself_is_cheap() -> None:
 
 def test_template_arguments() -> None:
     line = parse(CHAT, chat_template_kwargs={"enable_thinking": False})
-    assert line.template_arguments == ("enable_thinking",)
-    check_template_arguments(line.template_arguments, ("enable_thinking",))
+    assert line.verdict.template_arguments == ("enable_thinking",)
+    check_template_arguments(line.verdict.template_arguments, ("enable_thinking",))
     with pytest.raises(LineProblem, match="enable_thinking is refused"):
-        check_template_arguments(line.template_arguments, ())
+        check_template_arguments(line.verdict.template_arguments, ())
 
 
 def test_no_text_of_the_sender_in_an_error() -> None:
