@@ -55,7 +55,10 @@ clean:  ## Remove caches and build output; keeps .venv and data
 screenshots: setup  ## Take the pictures of the dashboard in docs/images (needs Chromium)
 	$(PYTHON_IN_VENV) tools/screenshots.py
 
-torture: setup  ## Kill and fail everything, TRIALS times (300), from SEED (1); writes docs/reliability.json
+DATABASE ?= sqlite
+RELIABILITY = docs/reliability$(if $(filter sqlite,$(DATABASE)),,-$(DATABASE)).json
+
+torture: setup  ## Kill and fail everything, TRIALS times (300), from SEED (1), on DATABASE=sqlite|postgresql; writes docs/reliability*.json
 	PYTHONPATH=tests $(PYTHON_IN_VENV) -m faults.torture --trials $(or $(TRIALS),300) \
-	    --seed $(or $(SEED),1) --report docs/reliability.json
+	    --seed $(or $(SEED),1) --database $(DATABASE) --report $(RELIABILITY)
 	$(PYTHON_IN_VENV) tools/write_docs.py

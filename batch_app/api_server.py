@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import re
 import signal
 import socket
 import sys
@@ -103,8 +102,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 
 def _announce(services: Services) -> None:
-    url = re.sub(r"://([^:/@]*):[^@]*@", r"://\1:***@", services.settings.resolved_database_url)
-    logs.say(f"✅ Database initialized at {url}")
+    logs.say(f"✅ Database initialized at {services.store.shown_url}")
     for model in dict.fromkeys(record.model for record in services.benchmarks.all()):
         logs.say(f"✅ Loaded benchmark for {model}")
     if services.settings.no_auth:

@@ -1,10 +1,13 @@
 """Back-up and restore of a site, also of one that is at work.
 
-A back-up is a folder: the database as one file, the files under `batches/`, and `manifest.json`
-with the size and SHA-256 of each. The order makes it whole. The database is copied first; every
-file that it speaks of is in its place by then, and stays there unless somebody deletes it. A
-results log is copied as far as it goes, and recovers like one that a crash cut off; that of a batch
-which ends meanwhile is left out, so that its requests run again after a restore.
+A back-up is a folder: the database as one file of SQLite's, whatever database it comes from, the
+files under `batches/`, and `manifest.json` with the size and SHA-256 of each. So one that was made
+on SQLite can be restored to PostgreSQL, and the other way round.
+
+The order makes it whole. The database is copied first; every file that it speaks of is in its place
+by then, and stays there unless somebody deletes it. A results log is copied as far as it goes, and
+recovers like one that a crash cut off; that of a batch which ends meanwhile is left out, so that
+its requests run again after a restore.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +28,7 @@ from batch_app.core import utc_now
 from batch_app.database import copy_sqlite, sqlite_path
 from batch_app.errors import ConfigError
 from batch_app.files import DataDir, atomic_writer, no_room_is_storage_full, sync_dir
+from batch_app.store.copying import copy_database, require_empty
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,15 +48,10 @@ def back_up(data: DataDir, database_url: str, target: Path) -> BackupSummary:
     """Write a back-up into a folder that doesn't exist yet; it appears when it is whole.
 
     Raises:
-        ConfigError: the folder exists, or the database isn't SQLite.
-        StorageFull, OSError: nothing remains.
+        ConfigError: the folder exists, or the database hasn't got this version's tables.
+        StoreUnavailable, StorageFull, OSError: nothing remains.
     """
     database = sqlite_path(database_url)
-    if database is None:
-        raise ConfigError(
-            "Only a SQLite database is backed up here; use the database's own tool (pg_dump), then "
-            "copy the data folder."
-        )
     if target.exists():
         raise ConfigError(f"{target} exists already. Name a folder that doesn't.")
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -59,7 +59,10 @@ def back_up(data: DataDir, database_url: str, target: Path) -> BackupSummary:
     try:
         with no_room_is_storage_full("writing the back-up"):
             unfinished.mkdir(parents=True)
-            copy_sqlite(database, unfinished / DATABASE)
+            if database is None:
+                copy_database(database_url, f"sqlite:///{(unfinished / DATABASE).absolute()}")
+            else:
+                copy_sqlite(database, unfinished / DATABASE)
             entries = [_described(unfinished, unfinished / DATABASE)]
             for folder in FOLDERS:
                 copy = unfinished / "batches" / folder
@@ -79,14 +82,18 @@ def restore(source: Path, data: DataDir, database_url: str) -> BackupSummary:
     """Put a back-up where a site's files belong. Every byte is checked before anything is written.
 
     Raises:
-        ConfigError: it is no back-up, or damaged; or there is a database already; or it isn't
-            SQLite that the settings name.
-        StorageFull, OSError.
+        ConfigError: it is no back-up, or damaged; or there is something in the database, or in
+            the data folder, already.
+        StoreUnavailable, StorageFull, OSError.
     """
     database = sqlite_path(database_url)
     if database is None:
-        raise ConfigError("The settings name a database that isn't SQLite.")
-    if database.exists():
+        require_empty(database_url)
+        if any(_files_under(data.batches)):
+            raise ConfigError(
+                f"{data.batches} isn't empty. Move it away, or name another with --data-dir."
+            )
+    elif database.exists():
         raise ConfigError(
             f"{database} exists. A back-up is restored to an empty data folder: move the present "
             "one away, or name another with --data-dir."
@@ -98,10 +105,20 @@ def restore(source: Path, data: DataDir, database_url: str) -> BackupSummary:
             if name != DATABASE:
                 _copy(source / name, data.root / name)
         # Last: without it the rest is not looked at.
+        if database is None:
+            _fill_database(source / DATABASE, database_url)
+            return BackupSummary(len(entries), sum(entries.values()))
         database.parent.mkdir(parents=True, exist_ok=True)
         with (source / DATABASE).open("rb") as there, atomic_writer(database) as here:
             shutil.copyfileobj(there, here, _PIECE)
     return BackupSummary(len(entries), sum(entries.values()))
+
+
+def _fill_database(source: Path, database_url: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / DATABASE  # to be brought up to date
+        shutil.copyfile(source, copy)
+        copy_database(f"sqlite:///{copy}", database_url, bring_up_to_date=True)
 
 
 def _checked(source: Path) -> dict[str, int]:

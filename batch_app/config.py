@@ -58,7 +58,8 @@ class Settings(BaseSettings):
     )
     database_url: str = Field(
         "",
-        description="SQLAlchemy URL of the database. Empty: SQLite at "
+        description="URL of the database: `postgresql://user:password@host/name` (needs the extra "
+        "`postgres`; see docs/postgresql.md) or `sqlite:////folder/file.db`. Empty: SQLite at "
         "`<data_dir>/database/batch_jobs.db`.",
     )
     models: ExpandedPath = Field(
@@ -250,7 +251,7 @@ class Settings(BaseSettings):
         10.0,
         gt=0,
         description="Seconds between looks at an empty queue. A new batch wakes the worker at "
-        "once where both share the data folder; this is the fallback.",
+        "once where both share the data folder or PostgreSQL; this is the fallback.",
     )
     lease_s: float = Field(
         30.0, gt=1, description="Seconds after which a silent worker's batch may be taken over."

@@ -110,7 +110,8 @@ class Worker:
             prefetch=self._prefetch,
             next_model=self._next_model,
         )
-        self._wakeup = WakeupFile(self._data.wakeup_file)
+        self._listener = self._store.queue_listener()
+        self._wakeup = self._listener or WakeupFile(self._data.wakeup_file)
         self._notifier = ServiceNotifier()
         self._started_at = clock()
         self._batch_id: str | None = None
@@ -348,6 +349,8 @@ class Worker:
             self._store.forget_worker(self.id)
         except BatchAppError as error:
             logger.warning("Can't sign off: %s", error.message)
+        if self._listener is not None:
+            self._listener.close()
         self._store.close()
 
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytest_plugins = ["integration.api_fixtures", "support.beside"]
+pytest_plugins = [
+    "integration.api_fixtures",
+    "support.beside",
+    "support.postgres",  # before those that import it
+    "support.databases",
+]
 
 hypothesis.settings.register_profile(
     "suite",

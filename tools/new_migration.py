@@ -1,4 +1,4 @@
-"""Write a migration for what `batch_app/database.py` says and the migrations don't yet.
+"""Write a migration for what `batch_app/database/tables.py` says and the migrations don't yet.
 
     python tools/new_migration.py "Add the table of keys"
 

@@ -53,6 +53,7 @@ def settings_page() -> str:
 
 
 REPORT = ROOT / "docs" / "reliability.json"
+REPORT_ON_POSTGRESQL = ROOT / "docs" / "reliability-postgresql.json"
 
 RELIABILITY_HEAD = """\
 # Reliability
@@ -79,8 +80,8 @@ RELIABILITY_TAIL = """
 **What isn't covered.** A killed process is not a power loss: what the system had taken was still
 written. That fsync is called where it must be is tested, that the disk obeys it isn't. Two failures
 at a time, and disks that change bytes under way, are only in the tests of the results log
-(`tests/unit/test_results.py`), which cut it at every byte and flip every byte. PostgreSQL is not
-part of the trials, nor are several machines.
+(`tests/unit/test_results.py`), which cut it at every byte and flip every byte. Several machines are
+not part of the trials.
 """
 
 
@@ -105,7 +106,22 @@ def reliability_page() -> str:
         "off in the middle had no answer yet and aren't counted here.\n\n"
         + "| crash point | deaths there |\n|---|---|\n"
         + rows
+        + _on_postgresql()
         + RELIABILITY_TAIL
+    )
+
+
+def _on_postgresql() -> str:
+    if not REPORT_ON_POSTGRESQL.exists():
+        return ""
+    report = json.loads(REPORT_ON_POSTGRESQL.read_text(encoding="utf-8"))
+    restarts = sum(n for who, n in report["killed"].items() if who.startswith("database"))
+    return (
+        "\n**On PostgreSQL** (`make torture DATABASE=postgresql`) the database itself is also "
+        "stopped or killed, and commits take place of which the answer gets lost. The last report "
+        f"([reliability-postgresql.json](reliability-postgresql.json)), of {report['date']}: "
+        f"{report['trials']} trials from seed {report['seed']}, {report['requests']:,} requests, "
+        f"{restarts} ends of the database, {len(report['failures'])} failures.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""`vllm-batch backup` and `restore`."""
+"""`vllm-batch backup`, `restore` and `copy-database`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,27 @@ def restore(
     except OSError as error:
         raise BatchAppError(str(error)) from None
     _tell(restored.num_files, restored.num_bytes, settings.data_dir, as_json)
+
+
+@app.command(rich_help_panel=SECTION)
+def copy_database(
+    target: Annotated[str, typer.Argument(help="URL of an empty database: postgresql://…")],
+    data_dir: DataFolder = None,
+    database_url: DatabaseUrl = None,
+    as_json: Json = False,
+) -> None:
+    """Copy the queue and all that is known of files to another database, such as PostgreSQL.
+    Stop server and workers first; `database_url` then names the new one. Files stay in place."""
+    from batch_app.config import load_settings
+    from batch_app.database import shown
+    from batch_app.store import copying
+
+    settings = load_settings(data_dir=data_dir, database_url=database_url)
+    num_rows = copying.copy_database(settings.resolved_database_url, target)
+    if as_json:
+        show_json({"database": shown(target), "num_rows": num_rows})
+    else:
+        say(f"✅ {num_rows:,} rows in {shown(target)}")
 
 
 def _tell(num_files: int, num_bytes: int, place: Path, as_json: bool) -> None:

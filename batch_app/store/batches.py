@@ -18,7 +18,14 @@ from batch_app.core import (
     Idempotency,
     StoredFile,
 )
-from batch_app.database import batches, files, idempotency_keys, workers
+from batch_app.database import (
+    batches,
+    files,
+    idempotency_keys,
+    lock,
+    wake_workers,
+    workers,
+)
 from batch_app.errors import Conflict, IdempotencyMismatch, LeaseLost, NotFound, TooMany
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.store.files import insert_file, insert_files
@@ -69,10 +76,13 @@ class BatchStore(Transactions):
         """
         with self._write() as connection:
             if idempotency is not None:
+                lock(connection, f"idempotency keys of {seen_by.owner}")
                 earlier = _earlier_batch(connection, seen_by, idempotency)
                 if earlier is not None:
                     return get_batch(connection, earlier, seen_by)
-            _require_room(connection, batch.owner, max_unfinished)
+            if max_unfinished:  # others of theirs wait until this one can be counted
+                lock(connection, f"batches of {batch.owner}")
+                _require_room(connection, batch.owner, max_unfinished)
             if input_file is not None:
                 insert_file(connection, input_file)
             elif not _has_file(connection, batch.input_file_id, seen_by):
@@ -89,6 +99,8 @@ class BatchStore(Transactions):
                         created_at=batch.created_at,
                     )
                 )
+            if batch.status is BatchStatus.QUEUED:
+                wake_workers(connection)
         return batch
 
     def require_room(self, owner: str | None, max_unfinished: int) -> None:
@@ -314,6 +326,8 @@ def change_state(
         changes["errors"] = [asdict(error) for error in errors]
     connection.execute(update(batches).where(batches.c.id == batch.id).values(**changes))
     changed = get_batch(connection, batch.id)
+    if to is BatchStatus.QUEUED:
+        wake_workers(connection)
     if to in TERMINAL:
         announce(connection, changed, now)
     return changed
@@ -357,5 +371,7 @@ def _earlier_batch(connection: Connection, seen_by: Caller, idempotency: Idempot
 
 
 def _has_file(connection: Connection, file_id: str, seen_by: Caller) -> bool:
+    """And it stays until the caller's transaction ends."""
     query = select(files.c.id).where(files.c.id == file_id).where(files.c.deleted_at.is_(None))
-    return connection.scalar(visible(query, files, seen_by)) is not None
+    query = visible(query, files, seen_by).with_for_update(read=True)
+    return connection.scalar(query) is not None

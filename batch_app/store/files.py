@@ -83,7 +83,7 @@ class FileStore(Transactions):
             Conflict: a batch that hasn't finished needs it.
         """
         with self._write() as connection:
-            file = _get_file(connection, file_id, seen_by)
+            file = _get_file(connection, file_id, seen_by, for_update=True)
             batch_id: str | None = connection.scalar(_unfinished_batch_of(file_id))
             if batch_id is not None:
                 raise Conflict(
@@ -230,9 +230,12 @@ def insert_files(connection: Connection, new_files: Sequence[StoredFile]) -> Non
         insert_file(connection, file)
 
 
-def _get_file(connection: Connection, file_id: str, seen_by: Caller) -> StoredFile:
+def _get_file(
+    connection: Connection, file_id: str, seen_by: Caller, *, for_update: bool = False
+) -> StoredFile:
     query = select(files).where(files.c.id == file_id).where(files.c.deleted_at.is_(None))
-    row = connection.execute(visible(query, files, seen_by)).first()
+    query = visible(query, files, seen_by)
+    row = connection.execute(query.with_for_update() if for_update else query).first()
     if row is None:
         raise NotFound(f"No such file: {file_id}", param="file_id")
     return to_file(row)

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.engine import Connection
 
 from batch_app.core import Batch, BatchStatus, Choice, Progress, Waiting
-from batch_app.database import batches
+from batch_app.database import batches, wake_workers
 from batch_app.errors import LeaseLost
 from batch_app.store.batches import LEASED, change_state, get_batch
 from batch_app.store.lease_watch import Lease, LeaseWatch
@@ -48,18 +48,24 @@ class LeaseStore(Transactions):
             return None
         with self._write() as connection:
             claimable = and_(wanted, self._is_free(connection))
-            choice = pick(_waiting(connection, claimable))
-            if choice is None:
+            waiting = _waiting(connection, claimable)
+            choice = first = pick(waiting)
+            batch = None
+            while choice is not None and batch is None:
+                batch = self._claim(connection, choice.batch_id, claimable, worker_id, lease_s)
+                if batch is None:  # somebody else has its row at the moment
+                    waiting = [other for other in waiting if other.batch_id != choice.batch_id]
+                    choice = pick(waiting)
+            if batch is None and first is not None:
+                # Perhaps only to write something into it: nobody is to wait for that until the
+                # next look at the queue.
+                choice = first
+                batch = self._claim(
+                    connection, first.batch_id, claimable, worker_id, lease_s, skip_locked=False
+                )
+            if batch is None or choice is None:
                 return None
-            batch = self._claim(connection, choice.batch_id, claimable, worker_id, lease_s)
-            if batch is None:
-                return None
-            connection.execute(
-                update(batches)
-                .where(batches.c.id.in_(choice.passed_over))
-                .where(batches.c.passed_over_at.is_(None))
-                .values(passed_over_at=now)
-            )
+            _note_passed_over(connection, choice.passed_over, now)
             if batch.status is BatchStatus.QUEUED:
                 return change_state(connection, batch, BatchStatus.RUNNING, now)
             return batch
@@ -139,6 +145,8 @@ class LeaseStore(Transactions):
         values = {"lease_owner": None, "pause_reason": pause_reason}
         with self._write() as connection:
             _fenced_update(connection, batch, values)
+            if pause_reason is None:
+                wake_workers(connection)
 
     def release_dead(self, worker_id: str) -> int:
         """Free the batches of a worker known to be dead, without waiting for their leases.
@@ -160,12 +168,10 @@ class LeaseStore(Transactions):
         if not self._is_any_free(wanted):
             return None
         with self._write() as connection:
-            claimable = and_(wanted, self._is_free(connection))
-            query = select(batches.c.id).where(claimable).order_by(batches.c.seq).limit(1)
-            batch_id = connection.scalar(query)
-            if batch_id is None:
-                return None
-            return self._claim(connection, batch_id, claimable, holder, lease_s)
+            query = select(batches).where(and_(wanted, self._is_free(connection)))
+            query = query.order_by(batches.c.seq).limit(1).with_for_update(skip_locked=True)
+            row = connection.execute(query).first()
+            return None if row is None else self._give(connection, to_batch(row), holder, lease_s)
 
     def _is_any_free(self, wanted: ColumnElement[bool]) -> bool:
         """A look that locks nothing: idle processes look often."""
@@ -195,23 +201,26 @@ class LeaseStore(Transactions):
         condition: ColumnElement[bool],
         holder: str,
         lease_s: float,
+        *,
+        skip_locked: bool = True,
     ) -> Batch | None:
-        """Lease this batch to the holder; None if somebody else was faster."""
+        """Lease this batch to the holder; None if somebody else was faster, or is about to be."""
         query = select(batches).where(batches.c.id == batch_id).where(condition)
-        row = connection.execute(query.with_for_update(skip_locked=True)).first()
-        if row is None:
-            return None
+        row = connection.execute(query.with_for_update(skip_locked=skip_locked)).first()
+        return None if row is None else self._give(connection, to_batch(row), holder, lease_s)
+
+    def _give(self, connection: Connection, batch: Batch, holder: str, lease_s: float) -> Batch:
         connection.execute(
             update(batches)
-            .where(batches.c.id == batch_id)
+            .where(batches.c.id == batch.id)
             .values(
-                epoch=to_batch(row).epoch + 1,
+                epoch=batch.epoch + 1,
                 lease_owner=holder,
                 lease_s=lease_s,
                 heartbeats=batches.c.heartbeats + 1,
             )
         )
-        claimed = get_batch(connection, batch_id)
+        claimed = get_batch(connection, batch.id)
         self.lease_watch.saw(_lease(claimed))
         return claimed
 
@@ -267,6 +276,17 @@ def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Wai
         )
         for row in rows
     ]
+
+
+def _note_passed_over(connection: Connection, batch_ids: Sequence[str], now: datetime) -> None:
+    """Rows that somebody else has at the moment are left out: their turn has come, or comes."""
+    rows = (
+        select(batches.c.seq)
+        .where(batches.c.id.in_(batch_ids))
+        .where(batches.c.passed_over_at.is_(None))
+        .with_for_update(skip_locked=True)
+    )
+    connection.execute(update(batches).where(batches.c.seq.in_(rows)).values(passed_over_at=now))
 
 
 def _fenced_update(connection: Connection, batch: Batch, values: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from batch_app import database
-from batch_app.database import WRITES
+from batch_app.database import QueueListener
+from batch_app.database.postgresql import DISK_FULL, READ_ONLY, first_line, sqlstate
 from batch_app.errors import StorageFull, StoreUnavailable
 
 
@@ -19,6 +20,11 @@ class Transactions:
     def __init__(self, url: str) -> None:
         self.url = url
         self._engine = database.connect(url)
+
+    @property
+    def shown_url(self) -> str:
+        """Where the database is, without its password."""
+        return database.shown(self.url)
 
     def migrate(self) -> None:
         """Create the tables, or bring them up to date."""
@@ -30,21 +36,21 @@ class Transactions:
         with translated_errors():
             return database.revisions(self._engine)
 
+    def queue_listener(self) -> QueueListener | None:
+        """What hears at once that a batch has come; None where the database can't tell."""
+        return database.queue_listener(self._engine)
+
     def close(self) -> None:
         self._engine.dispose()
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:
-        with translated_errors(), self._engine.connect() as connection, connection.begin():
+        with translated_errors(), database.reading(self._engine) as connection:
             yield connection
 
     @contextmanager
     def _write(self) -> Iterator[Connection]:
-        with (
-            translated_errors(),
-            self._engine.connect().execution_options(**{WRITES: True}) as connection,
-            connection.begin(),
-        ):
+        with translated_errors(), database.writing(self._engine) as connection:
             yield connection
 
 
@@ -54,8 +60,9 @@ def translated_errors() -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        cause = str(error.orig)
-        if "disk is full" in cause or "No space left" in cause:
+        cause = first_line(error)
+        full = "disk is full" in cause or "No space left" in cause
+        if full or sqlstate(error) == DISK_FULL:
             raise StorageFull(f"The database's disk is full ({cause}).") from error
         raise StoreUnavailable(f"The database does not answer: {cause}") from error
     except DBAPIError as error:
@@ -63,6 +70,8 @@ def translated_errors() -> Iterator[None]:
             raise StoreUnavailable(f"The database's connection broke: {error.orig}") from error
         if "not a database" in str(error.orig) or "malformed" in str(error.orig):
             raise StoreUnavailable(f"The database file can't be used: {error.orig}") from error
+        if sqlstate(error) == READ_ONLY:  # a standby that nobody has made the primary yet
+            raise StoreUnavailable(f"The database is read-only: {first_line(error)}") from error
         raise
     except SQLAlchemyError as error:
         if "QueuePool limit" in str(error):

@@ -17,7 +17,7 @@ from sqlalchemy import Row, and_, delete, exists, func, insert, or_, select, upd
 from sqlalchemy.engine import Connection
 
 from batch_app.core import Batch
-from batch_app.database import batches, webhook_deliveries, webhooks
+from batch_app.database import batches, lock, webhook_deliveries, webhooks
 from batch_app.errors import LeaseLost, NotFound, TooMany
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.store.lease_watch import Lease, LeaseWatch
@@ -48,6 +48,7 @@ class WebhookStore(Transactions):
         """
         with self._write() as connection:
             if max_webhooks:
+                lock(connection, f"webhooks of {webhook.owner}")
                 query = (
                     select(func.count())
                     .select_from(webhooks)
@@ -105,7 +106,7 @@ class WebhookStore(Transactions):
     def delete_webhook(self, webhook_id: str, *, seen_by: Caller = EVERYBODY) -> Webhook:
         """With all its deliveries, those to come included. Raises NotFound."""
         with self._write() as connection:
-            webhook = _get_webhook(connection, webhook_id, seen_by)
+            webhook = _get_webhook(connection, webhook_id, seen_by, for_update=True)
             connection.execute(
                 delete(webhook_deliveries).where(webhook_deliveries.c.webhook_id == webhook_id)
             )
@@ -145,11 +146,12 @@ class WebhookStore(Transactions):
         disabled, which isn't any more. One that is being sent stays as it is. Raises NotFound."""
         columns = webhook_deliveries.c
         with self._write() as connection:
-            webhook = _get_webhook(connection, webhook_id, seen_by)
+            webhook = _get_webhook(connection, webhook_id, seen_by, for_update=True)
             query = (
                 select(webhook_deliveries)
                 .where(columns.id == delivery_id)
                 .where(columns.webhook_id == webhook_id)
+                .with_for_update()
             )
             row = connection.execute(query).first()
             if row is None:
@@ -279,6 +281,9 @@ class WebhookStore(Transactions):
             next_attempt_at = now + timedelta(seconds=again_in_s)
             values |= {"hold_s": again_in_s, "next_attempt_at": next_attempt_at}
         with self._write() as connection:
+            if disables:  # in the order of `delete_webhook`, or they might wait for each other
+                of_delivery = webhooks.c.id == delivery.webhook_id
+                connection.execute(select(webhooks.c.id).where(of_delivery).with_for_update())
             _settle(connection, delivery, **values)
             if disables:
                 connection.execute(
@@ -348,6 +353,7 @@ def announce(connection: Connection, batch: Batch, now: datetime) -> None:
         .where(or_(webhooks.c.batch_id == batch.id, own))
         .where(webhooks.c.disabled_at.is_(None))
         .order_by(webhooks.c.seq)
+        .with_for_update(read=True, key_share=True)  # or it might be deleted meanwhile
     )
     rows = [
         {
@@ -379,9 +385,11 @@ def _settle(connection: Connection, delivery: WebhookDelivery, **values: Any) ->
         raise LeaseLost(f"The delivery {delivery.id} is another server's by now, or gone.")
 
 
-def _get_webhook(connection: Connection, webhook_id: str, seen_by: Caller) -> Webhook:
+def _get_webhook(
+    connection: Connection, webhook_id: str, seen_by: Caller, *, for_update: bool = False
+) -> Webhook:
     query = visible(select(webhooks).where(webhooks.c.id == webhook_id), webhooks, seen_by)
-    row = connection.execute(query).first()
+    row = connection.execute(query.with_for_update() if for_update else query).first()
     if row is None:
         raise NotFound(f"No such webhook: {webhook_id}", param="webhook_id")
     return _to_webhook(row)

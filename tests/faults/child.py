@@ -4,7 +4,8 @@
 
 `FAIL='{"call": "fsync", "at": 3, "for_good": false, "errno": 28}'` has the third fsync fail, or the
 third and all that follow. Calls: `write`, `fsync`, `rename`, `link`, `open` (of a file to write to)
-and `commit` (of the database). `"torn": true`, for `write`: half of it is written, and the process
+`commit` (of the database), and `commit answer` (it is committed, but the word of it gets lost).
+`"torn": true`, for `write`: half of it is written, and the process
 dies.
 """
 
@@ -20,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy.engine.default import DefaultDialect
-
-from batch_app.database import sqlite_driver
 
 
 class Fault:
@@ -74,13 +73,17 @@ def install(call: str, fault: Fault) -> None:
             return real_open(self, mode, *arguments, **options)
 
         Path.open = open_  # type: ignore[method-assign]
-    elif call == "commit":
+    elif call in ("commit", "commit answer"):
         real_commit = DefaultDialect.do_commit
 
         def do_commit(self: DefaultDialect, connection: Any) -> None:
-            if fault.strikes():
-                raise sqlite_driver().OperationalError("disk I/O error")
-            real_commit(self, connection)
+            fails = fault.strikes()
+            if call == "commit answer":
+                real_commit(self, connection)
+            if fails:
+                raise self.loaded_dbapi.OperationalError("disk I/O error")
+            if call == "commit":
+                real_commit(self, connection)
 
         DefaultDialect.do_commit = do_commit  # type: ignore[method-assign]
     else:

@@ -10,6 +10,7 @@ import pytest
 
 from batch_app.faults import CRASH_POINTS
 from faults.trial import Trial
+from support.postgres import PostgresServer
 
 SOURCES = Path(__file__).parents[2] / "batch_app"
 
@@ -30,6 +31,22 @@ def test_nothing_is_lost_or_doubled(tmp_path: Path, seed: int, kind: str, what: 
     assert report.failure is None, report
     if kind == "crash point":
         assert report.requests
+
+
+@pytest.mark.parametrize(
+    ("seed", "kind", "what"),
+    [
+        (21, "kill", ""),
+        (22, "database", ""),
+        (26, "failing call", "commit answer"),
+    ],
+)
+def test_nothing_is_lost_or_doubled_on_postgresql(
+    tmp_path: Path, postgres: PostgresServer, seed: int, kind: str, what: str
+) -> None:
+    report = Trial(tmp_path, seed, kind, what, postgres).run()
+    assert report.failure is None, report
+    assert report.requests
 
 
 def test_each_crash_point_stands_in_the_code_once() -> None:

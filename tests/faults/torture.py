@@ -1,6 +1,7 @@
 """Many trials, and a report of them.
 
     python -m faults.torture --trials 300 --seed 1 --report docs/reliability.json
+    python -m faults.torture --database postgresql --report docs/reliability-postgresql.json
 
 Each crash point has its turn first, then chance has. A trial that fails says how to repeat it. When
 it is interrupted, the report is of the trials so far.
@@ -16,8 +17,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,41 @@ from typing import Any
 from batch_app import __version__
 from batch_app.faults import CRASH_POINTS
 from faults.trial import Report, Trial
+from support.postgres import PostgresServer, start_server
 
 _one_at_a_time = threading.Lock()
 
 
-def run_trial(seed: int, kind: str | None = None, what: str = "") -> Report:
-    with tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as folder:
+class Servers:
+    """Servers of PostgreSQL's, one for each trial that runs; none on SQLite."""
+
+    def __init__(self, number: int) -> None:
+        self._all = [start_server() for _ in range(number)]
+        self._idle = list(self._all)
+
+    @contextmanager
+    def one(self) -> Iterator[PostgresServer | None]:
+        if not self._all:
+            yield None
+            return
+        server = self._idle.pop()
+        try:
+            yield server
+        finally:
+            self._idle.append(server)
+
+    def close(self) -> None:
+        for server in self._all:
+            server.close()
+
+
+def run_trial(servers: Servers, seed: int, kind: str | None = None, what: str = "") -> Report:
+    with (
+        servers.one() as postgres,
+        tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as folder,
+    ):
         with _one_at_a_time:  # migrations use global state
-            trial = Trial(Path(folder), seed, kind, what)
+            trial = Trial(Path(folder), seed, kind, what, postgres)
         return trial.run()
 
 
@@ -91,6 +120,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--only", type=int, help="repeat the trial with this seed")
     wish = parser.parse_args()
@@ -99,15 +129,17 @@ def main() -> int:
         trials = [trial for trial in plan(100_000, wish.only // 100_000) if trial[0] == wish.only]
     began = time.monotonic()
     reports = []
+    servers = Servers(wish.jobs if wish.database == "postgresql" else 0)
     pool = ThreadPoolExecutor(wish.jobs)
     try:
-        for report in pool.map(lambda trial: run_trial(*trial), trials):
+        for report in pool.map(lambda trial: run_trial(servers, *trial), trials):
             reports.append(report)
             _tell(report, len(reports), len(trials))
     except KeyboardInterrupt:
         print("Interrupted: the trials under way still finish, the others are left out.")
     finally:
         pool.shutdown(cancel_futures=True)
+        servers.close()
     result = summed_up(reports, wish.seed, time.monotonic() - began)
     if wish.report:
         wish.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -22,11 +22,12 @@ from typing import Any
 import httpx
 import orjson
 
+from batch_app import database
 from batch_app.core import Batch, BatchStatus
-from batch_app.database import sqlite_driver
 from batch_app.faults import CRASH_POINTS
 from batch_app.files import DataDir
 from batch_app.orphans import remove_orphans
+from support.postgres import PostgresServer
 from support.site import Site, echo_line, engine_pid, kill_tree
 from support.waiting import PATIENCE_S, wait_for
 
@@ -39,6 +40,8 @@ IN_THE_MIDDLE = ("suspects-written", "given-back")
 #: Those that most batches come to several times.
 COME_TO_OFTEN = ("results-written", "results-committed", "progress-told", "file-moved")
 CALLS = ("write", "fsync", "rename", "link", "open", "commit")
+#: Where the database is reached over a network.
+MORE_CALLS = ("commit answer",)
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS)
 SETTINGS: dict[str, Any] = {
     "lease_s": 1.5,
@@ -71,11 +74,24 @@ class Report:
 class Trial:
     """Make one, `run` it."""
 
-    def __init__(self, root: Path, seed: int, kind: str | None = None, what: str = "") -> None:
+    def __init__(
+        self,
+        root: Path,
+        seed: int,
+        kind: str | None = None,
+        what: str = "",
+        postgres: PostgresServer | None = None,
+    ) -> None:
+        """With a server of PostgreSQL's, which it has for itself, the trial runs on that."""
         self.chance = random.Random(seed)
-        self.kind = kind or self.chance.choice(["kill", "crash point", "failing call"])
+        more = ["database"] if postgres else []
+        self.kind = kind or self.chance.choice(["kill", "crash point", "failing call", *more])
         self.what = what
-        self.site = Site(root, **SETTINGS)
+        self.postgres = postgres
+        settings = SETTINGS
+        if postgres is not None:
+            settings = SETTINGS | {"database_url": postgres.new_database_with_tables()}
+        self.site = Site(root, **settings)
         self.journal = root / "journal"
         registry = root / "models.toml"
         registry.write_text(registry.read_text() + self._model())
@@ -93,6 +109,8 @@ class Trial:
             self.report.failure = str(failure)[:2000] or "assertion"
         finally:
             self.site.close()
+            if self.postgres is not None:
+                self.postgres.drop(self.site.settings.resolved_database_url)
         self.report.seconds = round(time.monotonic() - began, 2)
         return self.report
 
@@ -101,7 +119,7 @@ class Trial:
         seqs = self.chance.choice([4, 16, 64])
         if self.what in IN_THE_MIDDLE:
             step_s, seqs = 0.05, 4
-        if self.kind == "kill":  # so that there is something to interrupt
+        if self.kind in ("kill", "database"):  # so that there is something to interrupt
             step_s, seqs = self.chance.choice([0.02, 0.05]), self.chance.choice([4, 16])
         return (
             '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
@@ -145,6 +163,28 @@ class Trial:
         self._wait_a_while(batch_id)
         kill_tree(worker.pid)
 
+    def _database(self) -> None:
+        """Stop the database, or kill it, and start it again after a while."""
+        assert self.postgres is not None
+        url = self.site.start_server()
+        server = self.site.last_process
+        worker = self.site.start_worker()
+        batch_id = self._upload(url)
+        for _ in range(self.chance.randint(1, 3)):
+            with suppress(AssertionError):
+                wait_for(lambda: self._done(batch_id), timeout_s=20)
+            time.sleep(self.chance.uniform(0.0, 0.7))
+            how = self.chance.choice([signal.SIGINT, signal.SIGQUIT])
+            self.report.hit.append(f"killed: database ({how.name})")
+            self.postgres.stop(how)
+            time.sleep(self.chance.uniform(0.0, 2.0))
+            self.postgres.start()
+        self._wait_a_while(batch_id)
+        assert server.poll() is None, "the API server ended"
+        assert worker.poll() is None, "the worker ended"
+        for process in (server, worker):
+            kill_tree(process.pid)
+
     def _crash_point(self) -> None:
         name = self.what or self.chance.choice(CRASH_POINTS)
         count = self.chance.choice([1, 2, 3]) if name in COME_TO_OFTEN else 1
@@ -185,7 +225,7 @@ class Trial:
         self._end_leases_of_servers()
 
     def _failing_call(self) -> None:
-        call = self.chance.choice(CALLS)
+        call = self.what or self.chance.choice(CALLS + MORE_CALLS if self.postgres else CALLS)
         wish: dict[str, Any] = {
             "call": call,
             "at": self.chance.randint(1, 12),
@@ -205,10 +245,12 @@ class Trial:
 
     def _end_leases_of_servers(self) -> None:
         """They last for a minute, and for five: that time is passed by hand here."""
-        path = str(self.site.settings.resolved_database_url).removeprefix("sqlite:///")
-        connection = sqlite_driver().connect(path, timeout=PATIENCE_S, isolation_level=None)
-        connection.execute("UPDATE batches SET lease_owner = NULL WHERE lease_owner LIKE 'server%'")
-        connection.close()
+        engine = database.connect(self.site.settings.resolved_database_url)
+        batches = database.batches
+        of_servers = batches.c.lease_owner.startswith("server")
+        with database.writing(engine) as connection:
+            connection.execute(batches.update().where(of_servers).values(lease_owner=None))
+        engine.dispose()
 
     def _kill_engine(self, worker_pid: int) -> None:
         with suppress(AssertionError, ProcessLookupError):
@@ -322,10 +364,11 @@ class Trial:
         for batch in batches.values():
             self._check_batch(batch, self.requests[batch.id])
         self._check_nothing_is_left(self.site.data)
-        path = str(self.site.settings.resolved_database_url).removeprefix("sqlite:///")
-        connection = sqlite_driver().connect(path)
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        connection.close()
+        path = database.sqlite_path(self.site.settings.resolved_database_url)
+        if path is not None:
+            connection = database.sqlite_driver().connect(path)
+            assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+            connection.close()
         if self.journal.exists():
             self.report.computed = len(self.journal.read_bytes().splitlines())
 

@@ -14,6 +14,8 @@ from batch_app.backup import MANIFEST, back_up, restore
 from batch_app.core import BatchStatus
 from batch_app.errors import ConfigError
 from batch_app.files import DataDir
+from batch_app.store import Store
+from support.postgres import PostgresServer
 from support.site import REPO, Site, assert_answers_echo, echo_line
 
 SETTINGS = {"lease_s": 2.0, "heartbeat_s": 0.3, "poll_interval_s": 0.2, "commit_interval_s": 0.05}
@@ -130,7 +132,65 @@ def test_nothing_is_written_over(site: Site, made: Path) -> None:
         restore(made, site.data, site.settings.resolved_database_url)
 
 
-def test_another_database_is_refused(site: Site, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="SQLite"):
-        back_up(site.data, "postgresql://u@h/d", tmp_path / "back-up")
+def test_from_one_database_to_the_other_and_back(
+    site: Site, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    batch_id = site.submit((echo_line(n) for n in range(5)), "sim")
+    site.store.set_workload(batch_id, [{"model": "sim"}], site.batch(batch_id).created_at)
+    before = site.batch(batch_id)
+    there, back = postgres.new_database(), f"sqlite:///{tmp_path / 'back' / 'batch_jobs.db'}"
+    back_up_site(site, tmp_path / "one")
+    restore(tmp_path / "one", DataDir(tmp_path / "there"), there)
+    with pytest.raises(ConfigError, match="isn't empty"):
+        restore(tmp_path / "one", DataDir(tmp_path / "elsewhere"), there)
+    with pytest.raises(ConfigError, match="isn't empty"):
+        restore(tmp_path / "one", DataDir(tmp_path / "there"), postgres.new_database())
+
+    (tmp_path / "second").mkdir()
+    other = Site(tmp_path / "second", database_url=there, **SETTINGS)
+    try:
+        assert other.batch(batch_id) == before
+        newer = other.submit([echo_line(0)], "sim")  # its number is higher than the copied one's
+        assert [batch.batch_id for batch in other.store.waiting()] == [batch_id, newer]
+    finally:
+        other.close()
+    back_up(DataDir(tmp_path / "there"), there, tmp_path / "two")
+    restore(tmp_path / "two", DataDir(tmp_path / "back"), back)
+    store = Store(back)
+    assert store.get_batch(batch_id) == before
+    assert [batch.batch_id for batch in store.waiting()] == [batch_id, newer]
+    store.close()
+
+
+def test_tables_of_another_version_are_not_copied(postgres: PostgresServer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no tables of this version"):
+        back_up(DataDir(tmp_path), postgres.new_database(), tmp_path / "back-up")
     assert not (tmp_path / "back-up").exists()
+
+
+def test_the_queue_moves_to_postgresql_and_goes_on(
+    site: Site, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    """The files stay in place."""
+    batch_id = site.submit((echo_line(n) for n in range(20)), "sim")
+    there = postgres.new_database()
+    command = [sys.executable, "-m", "batch_app.cli", "copy-database", there, "--json"]
+    command += ["--data-dir", str(site.settings.data_dir)]
+    for status in (0, 1):
+        said = subprocess.run(
+            command, cwd=REPO, check=False, capture_output=True, text=True, timeout=120
+        )
+        assert said.returncode == status, said.stderr
+        if status == 0:
+            answer = orjson.loads(said.stdout)
+            assert answer["num_rows"] == 2  # a file and a batch
+    assert "isn't empty" in said.stderr
+
+    moved = Site(tmp_path / "first", database_url=there, **SETTINGS)
+    try:
+        moved.start_worker()
+        assert moved.wait_until_done(batch_id).status is BatchStatus.COMPLETED
+        assert_answers_echo(moved.results(batch_id), 20)
+        assert site.batch(batch_id).status is BatchStatus.QUEUED  # the old one is as it was
+    finally:
+        moved.close()

@@ -1,4 +1,4 @@
-"""The store on a real SQLite file: transitions, claims, leases, fencing, several processes."""
+"""The store on real databases: transitions, claims, leases, fencing, several processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from batch_app.core import (
     TERMINAL,
@@ -32,8 +33,8 @@ LEASE_S = 30.0
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'database' / 'batch_jobs.db'}"
+def url(database_url: str) -> str:
+    return database_url
 
 
 class Seconds:
@@ -107,7 +108,7 @@ def test_round_trip(store: Store) -> None:
 
 def test_batch_and_file_are_added_together_or_not_at_all(store: Store) -> None:
     batch = add(store, 1)
-    with pytest.raises(Exception, match="UNIQUE"):
+    with pytest.raises(IntegrityError):
         store.add_batch(batch, StoredFile("file-new", FilePurpose.BATCH, "b", 1, NOW))
     with pytest.raises(NotFound):
         store.get_file("file-new")
@@ -407,8 +408,11 @@ def test_safe_versions_of_sqlite(version: tuple[int, int, int], safe: bool) -> N
     assert has_safe_wal(version) is safe
 
 
-def test_durability_settings(store: Store, url: str) -> None:
-    store.ping()
+def test_durability_settings(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'batch_jobs.db'}"
+    store = Store(url)
+    store.migrate()
+    store.close()
     with sqlite3.connect(url.removeprefix("sqlite:///")) as connection:
         (mode,) = connection.execute("PRAGMA journal_mode").fetchone()
     connection.close()
@@ -436,8 +440,8 @@ def _claim_all(url: str, name: str, barrier: object, results: object) -> None:
     results.put((name, mine))  # type: ignore[attr-defined]
 
 
-def test_processes_share_the_queue_without_overlap(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'shared.db'}"
+def test_processes_share_the_queue_without_overlap(new_database_url: str) -> None:
+    url = new_database_url
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(3), context.Queue()
     processes = [

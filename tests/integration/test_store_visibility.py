@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,8 +36,8 @@ ADMIN = Caller("admin", sees_all=True)
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path / 'batch_jobs.db'}")
+def store(database_url: str) -> Iterator[Store]:
+    store = Store(database_url)
     store.migrate()
     yield store
     store.close()

@@ -131,7 +131,10 @@ class Site:
         def listens() -> bool:
             return self._output("api_server").count(LISTENING) > said_before
 
-        wait_for(lambda: listens() or process.poll() is not None, what="the server listens")
+        wait_for(
+            lambda: listens() or process.poll() is not None,
+            what="the server listens",
+        )
         assert listens(), self._output("api_server")
         return self._output("api_server").rsplit(LISTENING, 1)[1].split()[0]
 

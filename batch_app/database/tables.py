@@ -1,26 +1,9 @@
-"""The tables, how to connect to them, and the migrations. The only home of database dialects.
-
-SQLite: one writer at a time, taken at the start of a transaction (`BEGIN IMMEDIATE`), because a
-read transaction that upgrades later fails at once instead of waiting. A write-ahead log is used
-where the library is free of the bug that can corrupt one when several connections write and
-checkpoint at once (fixed in SQLite 3.51.3, 3.50.7 and 3.44.6); elsewhere a rollback journal, under
-which a status call has to wait for the worker's commits. Python often comes with an older SQLite,
-so `pysqlite3`, which carries its own, goes first where it is installed.
-"""
+"""The tables. Every dialect has the same."""
 
 from __future__ import annotations
 
-import importlib
-from contextlib import closing
 from datetime import UTC, datetime
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -28,7 +11,6 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
-    Engine,
     Float,
     ForeignKey,
     Index,
@@ -37,18 +19,8 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    create_engine,
-    event,
-    make_url,
-    text,
 )
-from sqlalchemy.engine import Connection
 from sqlalchemy.types import TypeDecorator
-
-MIGRATIONS_DIR = Path(__file__).parent / "migrations"
-BUSY_TIMEOUT_S = 15.0
-#: Execution option of a connection whose next transaction will write.
-WRITES = "batch_app_writes"
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -282,112 +254,3 @@ model_loads = Table(
     Column("prefix_hits", BigInteger, nullable=False, default=0),
     Column("preemptions", BigInteger, nullable=False, default=0),
 )
-
-
-def has_safe_wal(version: tuple[int, int, int]) -> bool:
-    """Whether this SQLite version may keep a write-ahead log under several writers.
-
-    Source: SQLite's release notes of 3.51.3, 3.50.7 and 3.44.6 (the WAL-reset bug).
-    """
-    if version >= (3, 51, 3):
-        return True
-    return version[:2] in {(3, 50), (3, 44)} and version[2] >= {50: 7, 44: 6}[version[1]]
-
-
-def sqlite_driver() -> ModuleType:
-    """The module to reach SQLite by: the one with the newer library."""
-    try:
-        return importlib.import_module("pysqlite3")
-    except ImportError:
-        return importlib.import_module("sqlite3")
-
-
-def connect(url: str) -> Engine:
-    """A SQLAlchemy engine for this URL, with the project's rules for the database behind it.
-
-    Creates the folder of a SQLite file. Raises sqlalchemy errors; `store` translates them.
-    """
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite":
-        return create_engine(url, pool_pre_ping=True)
-    if parsed.database and parsed.database != ":memory:":
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    driver = sqlite_driver()
-    engine = create_engine(
-        url, module=driver, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=20
-    )
-    journal = "WAL" if has_safe_wal(driver.sqlite_version_info) else "TRUNCATE"
-
-    @event.listens_for(engine, "connect")
-    def _on_connect(connection: Any, _record: Any) -> None:
-        # The driver would otherwise begin transactions by its own rules.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        cursor.execute(f"PRAGMA busy_timeout={int(BUSY_TIMEOUT_S * 1000)}")
-        cursor.execute(f"PRAGMA journal_mode={journal}")
-        cursor.execute("PRAGMA synchronous=FULL")
-        cursor.execute("PRAGMA foreign_keys=ON")
-        cursor.close()
-
-    @event.listens_for(engine, "begin")
-    def _on_begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(WRITES, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-    return engine
-
-
-def sqlite_path(url: str) -> Path | None:
-    """The file behind this URL; None where it isn't a file of SQLite's."""
-    parsed = make_url(url)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database:
-        return None
-    return None if parsed.database == ":memory:" else Path(parsed.database)
-
-
-def copy_sqlite(source: Path, target: Path) -> None:
-    """Copy a database that may be in use, as it is at one moment, to a file that is new.
-
-    Raises OSError where it can't be read or written.
-    """
-    driver = sqlite_driver()
-    if not source.exists():
-        raise FileNotFoundError(f"There is no database at {source}.")
-    try:
-        with (
-            closing(driver.connect(str(source), timeout=BUSY_TIMEOUT_S)) as there,
-            closing(driver.connect(str(target))) as here,
-        ):
-            there.backup(here)
-    except driver.Error as error:
-        raise OSError(f"The database can't be copied: {error}") from error
-
-
-def _alembic() -> tuple[Config, str]:
-    """Its configuration, and the newest version."""
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS_DIR))
-    newest = ScriptDirectory.from_config(config).get_current_head()
-    assert newest is not None
-    return config, newest
-
-
-def revisions(engine: Engine) -> tuple[str | None, str]:
-    """The version of the tables, None where there are none, and the newest. Changes nothing."""
-    with engine.connect() as connection, connection.begin():
-        present = MigrationContext.configure(connection).get_current_revision()
-    return present, _alembic()[1]
-
-
-def migrate(engine: Engine) -> None:
-    """Bring the tables to the newest version. Safe when several processes start at once."""
-    config, newest = _alembic()
-    with engine.connect() as connection, connection.begin():
-        if MigrationContext.configure(connection).get_current_revision() == newest:
-            return
-    with engine.connect().execution_options(**{WRITES: True}) as connection, connection.begin():
-        if engine.dialect.name == "postgresql":
-            # Any constant will do: all processes of this program ask for the same one.
-            connection.execute(text("SELECT pg_advisory_xact_lock(7316849201)"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
