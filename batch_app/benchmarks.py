@@ -117,13 +117,15 @@ class BenchmarkResults(_Part):
 
 
 class BenchmarkHardware(_Part):
-    """`gpu` or `cpu` is the product's name, `device` says which of the two did the work.
+    """`gpu` or `cpu` is the product's name, `device` says which of the two did the work; "remote"
+    where a server did, of which `remote` says what is known.
 
     `machine` tells machines with the same device apart; `driver` is the GPU's.
     """
 
     gpu: str | None = None
     cpu: str | None = None
+    remote: str | None = None
     device: str | None = None
     machine: str | None = None
     driver: str | None = None
@@ -159,7 +161,9 @@ class BenchmarkRecord(_Part):
     def setting(self) -> Setting:
         """What it holds for; empty strings where an older record doesn't say."""
         hardware = self.hardware
-        device = hardware.cpu if hardware.device == "cpu" else hardware.gpu or hardware.cpu
+        device = hardware.remote or hardware.gpu or hardware.cpu
+        if hardware.device == "cpu":
+            device = hardware.cpu
         return Setting(
             model=self.model,
             machine=machine_text(device, hardware.machine),
@@ -252,7 +256,7 @@ def record_from_run(
     set_aside: str | None = None,
     prediction: BenchmarkPrediction | None = None,
 ) -> BenchmarkRecord:
-    """The record of a run, from plain numbers. `device` is "gpu" or "cpu".
+    """The record of a run, from plain numbers. `device` is "gpu", "cpu" or "remote".
 
     `engine_args`: what the engine says it runs with, by the names of `BenchmarkConfig`;
     `registry_args`: what it was told, which tells runs apart. `recording`: of the same requests.

@@ -62,8 +62,8 @@ def device_of(machine: Machine) -> Device:
 
 
 def size_of(entry: ModelEntry) -> ModelSize | None:
-    """From the model's config.json, where its files are on this machine."""
-    folder = local_folder(entry)
+    """From the model's config.json, where its files are on this machine, and it runs here."""
+    folder = None if entry.runs_elsewhere else local_folder(entry)
     if folder is None:
         return None
     try:

@@ -27,6 +27,7 @@
         ├── EngineDied             the engine process ended by itself
         │   └── EngineOutOfMemory  … because it had too little memory
         ├── EngineHung             no progress for too long; it was killed
+        ├── EngineUnavailable      the server that has the model doesn't work at the moment
         └── EngineInterrupted      its owner wanted to stop while it was loading
 
 `BadRequest` and its kin carry what the wire layer needs (`code`, `param`); the mapping to status
@@ -235,6 +236,18 @@ class EngineOutOfMemory(EngineDied):
 
 class EngineHung(EngineError):
     """The engine made no progress for too long and was killed."""
+
+
+class EngineUnavailable(EngineError):
+    """The server that has the model doesn't work for us at the moment: the batch waits for it.
+
+    `retry_after_s`: when to ask again, if the server said so. `model`: the registry's name of it.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float = 0.0, model: str = "") -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        self.model = model
 
 
 class EngineInterrupted(EngineError):

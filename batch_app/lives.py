@@ -20,7 +20,7 @@ from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.copies import Copies
 from batch_app.engine.base import Engine, EngineInfo, Outcome
-from batch_app.engine.limits import in_words, limits_of
+from batch_app.engine.limits import in_words, told
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
 from batch_app.faults import crash_point
@@ -99,6 +99,7 @@ class Lives:
 
         Raises:
             EngineError: it can't be loaded, or was started too often without an answer.
+            EngineUnavailable: the server that has the model doesn't work.
             StorageFull, OSError: who is a suspect can't be written down.
             Stopped, Cancelled and the like: as `Window.run`.
         """
@@ -162,9 +163,7 @@ class Lives:
         if not loaded:
             self._batch_log.write(
                 f"{entry.name} loaded in {info.load_s:.1f} s on {info.device} "
-                f"({info.engine} {info.engine_version}). Limits: "
-                f"{in_words(limits_of(info).limits)}"
-                + (f" ({info.limits_source})." if info.limits_source else ".")
+                f"({info.engine} {info.engine_version}). Limits: {told(info)}."
             )
         self._on_engine(entry, info)
         return engine, info

@@ -121,7 +121,10 @@ class Outlook:
 
     def setting(self, entry: ModelEntry) -> Setting:
         """What a run of this model here would be measured under."""
-        return setting_of(entry, self.machine(), engine_version(entry.engine))
+        version = engine_version(entry.engine)
+        if entry.runs_elsewhere and (last := self.benchmarks.latest(entry.name)) is not None:
+            version = last.engine_version or ""  # nobody here knows it better
+        return setting_of(entry, self.machine(), version)
 
     def arguments(self, model: str) -> str:
         """Of the registry's entry, as `Setting.arguments` holds them."""
@@ -229,7 +232,8 @@ class Outlook:
 
 
 def setting_of(entry: ModelEntry, machine: Machine, version: str) -> Setting:
-    device = "simulated" if entry.engine == "sim" else machine.device
+    # As the engines themselves call it.
+    device = {"sim": "simulated", "openai": "remote server"}.get(entry.engine, machine.device)
     return Setting(
         model=entry.name,
         machine=machine_text(device, machine.name),

@@ -6,7 +6,7 @@ name = "google/gemma-3-4b-it"    # what a request says
 source = "google/gemma-3-4b-it"  # a hub id, or a folder relative to this file
 revision = "main"
 aliases = ["gemma"]
-engine = "vllm"                  # or "sim", the simulated engine
+engine = "vllm"                  # or "openai", a server (`model_server`); or "sim", simulated
 chat_template_kwargs = ["enable_thinking"]  # the names that requests may give
 [model.engine_args]              # the engine's own argument names
 max_model_len = 4096
@@ -21,9 +21,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from batch_app.errors import ConfigError, ModelNotFound
+from batch_app.model_server import PATHS, ModelServer
 
 
 class ModelEntry(BaseModel):
@@ -39,6 +40,21 @@ class ModelEntry(BaseModel):
     trust_remote_code: bool = False
     engine_args: dict[str, Any] = Field(default_factory=dict)
     chat_template_kwargs: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _server_is_usable(self) -> ModelEntry:
+        if self.runs_elsewhere:
+            try:
+                ModelServer.of(self.engine_args)
+            except ConfigError as error:
+                raise ValueError(f"{self.name}: {error.message}") from None
+        return self
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """A server has the model: `source` is its name there, no file of it is needed here, and
+        this machine says nothing about its speed."""
+        return self.engine == "openai"
 
     @property
     def max_model_len(self) -> int | None:
@@ -84,8 +100,10 @@ class ModelRegistry:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ConfigError(f"The model registry {path}: {where}: {first['msg']}") from error
-        return cls([_with_absolute_source(entry, path.parent) for entry in parsed.model])
+            said = first["msg"].removeprefix("Value error, ")
+            # Without the cause, which repeats what was given: a key, where one shouldn't be.
+            raise ConfigError(f"The model registry {path}: {where}: {said}") from None
+        return cls([_with_absolute_paths(entry, path.parent) for entry in parsed.model])
 
     def get(self, name: str) -> ModelEntry:
         """The entry of this name or alias.
@@ -119,7 +137,13 @@ class AnyModel(ModelRegistry):
         return True
 
 
-def _with_absolute_source(entry: ModelEntry, base: Path) -> ModelEntry:
+def _with_absolute_paths(entry: ModelEntry, base: Path) -> ModelEntry:
+    if entry.runs_elsewhere:
+        paths = {name: entry.engine_args[name] for name in PATHS if entry.engine_args.get(name)}
+        absolute = {
+            name: str((base / Path(path).expanduser()).resolve()) for name, path in paths.items()
+        }
+        return entry.model_copy(update={"engine_args": entry.engine_args | absolute})
     folder = base / Path(entry.source).expanduser()
     if not folder.is_dir():
         return entry  # a hub id

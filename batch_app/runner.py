@@ -33,6 +33,7 @@ from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
     Conflict,
     EngineError,
+    EngineUnavailable,
     IndexUnreadable,
     ModelNotFound,
     StorageFull,
@@ -92,8 +93,8 @@ class Runner:
 
         Raises:
             LeaseLost: another worker has it.
-            StorageFull, ResultsLogError, StoreUnavailable, OSError: it can't go on at the moment;
-                what is committed stays, and the caller gives the batch back.
+            StorageFull, ResultsLogError, StoreUnavailable, OSError, EngineUnavailable: it can't go
+                on at the moment; what is committed stays, and the caller gives the batch back.
         """
         self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
         batch_log = BatchLog(self._data.log_file(batch.id))
@@ -204,6 +205,13 @@ class _Run:
             self._finish(BatchStatus.EXPIRED)
         except Stopped:
             self._give_back()
+        except EngineUnavailable:
+            self._runner._slot.unload()
+            if self._runner._stop.is_set():
+                self._give_back()
+                return
+            self._keeper.flush()
+            raise
         except (EngineError, ModelNotFound) as error:
             if self._runner._stop.is_set():
                 self._give_back()

@@ -38,6 +38,7 @@ from batch_app.engine.watch import EngineReading, EngineWatch
 from batch_app.errors import (
     BatchAppError,
     Conflict,
+    EngineUnavailable,
     LeaseLost,
     NotFound,
     ResultsLogError,
@@ -48,6 +49,7 @@ from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
+from batch_app.rests import Rests
 from batch_app.runner import Runner
 from batch_app.service import ServiceNotifier
 from batch_app.store import Store, WorkerRow
@@ -116,6 +118,7 @@ class Worker:
         self._started_at = clock()
         self._batch_id: str | None = None
         self._pause_s = 0.0
+        self._rests = Rests()
         self._kept: tuple[Batch, str] | None = None  # still to be given back, and why
 
     def run(self) -> None:
@@ -162,7 +165,7 @@ class Worker:
 
     def _pick(self, waiting: Sequence[Waiting], now: datetime) -> Choice | None:
         return choose(
-            waiting,
+            self._rests.awake(waiting),
             loaded_model=self._slot.model,
             now=now,
             bound_s=self._settings.max_passed_over_s,
@@ -202,9 +205,14 @@ class Worker:
         except LeaseLost as error:
             _say(f"■ {batch.id}: {error.message}")
             batch_log.write(f"Worker {self.id} lost this batch to another one.")
+        except EngineUnavailable as error:
+            # Nobody else has to wait for that server.
+            self._pause_s = 0.0
+            rest_s = self._rests.begin(batch.id, error.model, error.retry_after_s)
+            self._try_again_later(batch, batch_log, error, rest_s)
         except (StorageFull, ResultsLogError, StoreUnavailable, OSError) as error:
             self._pause_s = min(max(1.0, 2 * self._pause_s), LONGEST_PAUSE_S)
-            self._try_again_later(batch, batch_log, error)
+            self._try_again_later(batch, batch_log, error, self._pause_s)
         except Exception as error:
             # A defect of ours must not stop the queue. The batch fails, with its results so far.
             logger.exception("Batch %s failed on an internal error.", batch.id)
@@ -217,11 +225,13 @@ class Worker:
         finally:
             self._batch_id = None
 
-    def _try_again_later(self, batch: Batch, batch_log: BatchLog, error: Exception) -> None:
+    def _try_again_later(
+        self, batch: Batch, batch_log: BatchLog, error: Exception, pause_s: float
+    ) -> None:
         reason = error.message if isinstance(error, BatchAppError) else str(error)
         _say(f"■ {batch.id}: paused: {reason}")
         try:
-            batch_log.write(f"Paused for {self._pause_s:.0f} s: {reason}")
+            batch_log.write(f"Paused for {pause_s:.0f} s: {reason}")
         except OSError:
             logger.warning("The log of %s can't be written either.", batch.id)
         self._kept = (batch, reason)
@@ -255,7 +265,7 @@ class Worker:
             remove_tree(self._data.work_dir(batch.id))
         except (StorageFull, StoreUnavailable, OSError, Conflict) as error:
             # A conflict: it was cancelled just now. Housekeeping ends what nobody has.
-            self._try_again_later(batch, batch_log, error)
+            self._try_again_later(batch, batch_log, error, self._pause_s)
         except BatchAppError as error:
             logger.warning("Can't mark %s as %s: %s", batch.id, to.value, error.message)
 

@@ -18,11 +18,13 @@ from batch_app.datasheets import local_folder, size_of
 from batch_app.doctor.finding import Finding, State, fail, ok, size, warn, worst
 from batch_app.engine.limits import GIB, LoweredLimits, table_limits
 from batch_app.engine.slot import model_spec
+from batch_app.errors import ConfigError
 from batch_app.floors import installed_version
 from batch_app.machine import Machine
+from batch_app.model_server import ModelServer
 from batch_app.registry import ModelEntry
 
-ENGINES = ("vllm", "sim")
+ENGINES = ("vllm", "openai", "sim")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _LONGEST_HEADER_BYTES = 100 << 20
 #: vLLM's own default, and what the engine is told of a machine without a GPU.
@@ -58,6 +60,8 @@ def check_model(entry: ModelEntry, machine: Machine, lowered_limits: Path) -> Mo
     if entry.engine == "sim":
         found = ok("engine", "simulated: it runs no model and needs no files")
         return ModelCheck(entry, None, entry.engine_args, (found,))
+    if entry.runs_elsewhere:
+        return ModelCheck(entry, None, entry.engine_args, (_server(entry),))
     arguments, origin = _arguments(entry, machine, lowered_limits)
     folder = local_folder(entry)
     if entry.engine not in ENGINES:
@@ -70,6 +74,14 @@ def check_model(entry: ModelEntry, machine: Machine, lowered_limits: Path) -> Mo
     if entry.engine in ENGINES:
         findings.append(ok("arguments", origin))
     return ModelCheck(entry, folder, arguments, tuple(findings))
+
+
+def _server(entry: ModelEntry) -> Finding:
+    try:
+        ModelServer.of(entry.engine_args).api_key(os.environ)
+    except ConfigError as error:
+        return fail("engine", error.message, "give the worker the key, and start it again")
+    return ok("engine", "a server has the model: whether it answers shows when a batch runs")
 
 
 def _not_here(entry: ModelEntry) -> Finding:

@@ -69,7 +69,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a loaded engine says of itself. Limits by vLLM's names; `load_s` in seconds.
 
-    `device` is the product's name, `device_type` "gpu" or "cpu".
+    `device` is the product's name, `device_type` "gpu", "cpu" or "remote". None: not known here.
     """
 
     engine: str
@@ -78,9 +78,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     device_type: str
     load_s: float
-    max_model_len: int
+    max_model_len: int | None
     max_num_seqs: int
-    max_num_batched_tokens: int
+    max_num_batched_tokens: int | None
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool | None = None
@@ -89,6 +89,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     #: For `EngineLimits`, and for the log: where the two limits come from.
     least_batched_tokens: int = 512
     limits_source: str = ""
+    #: Each request has a time limit of its own there, so that long silence is no sign of a hang.
+    bounds_requests: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

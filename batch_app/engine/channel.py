@@ -21,7 +21,10 @@ _RECEIVE_BYTES = 1 << 20
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
+    """`api_key`: for the server that has the model. It travels here and nowhere else."""
+
     spec: ModelSpec
+    api_key: str = ""
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -45,6 +48,13 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     too_large: LimitsTried | None = None
 
 
+class Unavailable(msgspec.Struct, frozen=True, tag=True):
+    """The server that has the model doesn't work at the moment; the process ends after this."""
+
+    message: str
+    retry_after_s: float = 0.0
+
+
 class Finished(msgspec.Struct, frozen=True, tag=True):
     outcomes: list[Outcome]
 
@@ -64,7 +74,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine: TypeAlias = Load | Submit | Cancel
-FromEngine: TypeAlias = Loaded | LoadFailed | Finished | Reading | Fatal
+FromEngine: TypeAlias = Loaded | LoadFailed | Unavailable | Finished | Reading | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

@@ -33,15 +33,17 @@ from batch_app.engine.channel import (
     Reading,
     Submit,
     ToEngine,
+    Unavailable,
     to_engine_decoder,
 )
 from batch_app.engine.isolation import ON_LOOPBACK, isolate_network
 from batch_app.engine.lifeline import die_with_parent
-from batch_app.errors import BatchAppError, EngineError, EngineLoadError
+from batch_app.errors import BatchAppError, EngineError, EngineLoadError, EngineUnavailable
 
 #: Where each engine of the registry lives. Imported by name: no engine loads another's libraries.
 ENGINES = {
     "vllm": ("batch_app.engine.vllm", "VllmEngine"),
+    "openai": ("batch_app.engine.openai", "OpenAIEngine"),
     "sim": ("batch_app.engine.sim", "SimEngine"),
 }
 #: Garbage is looked for seldom: imports and loading make a million objects that stay, and looking
@@ -51,8 +53,11 @@ COLLECT_S = 0.05
 STATS_EVERY_S = 0.5
 
 
-def make_engine(spec: ModelSpec) -> Engine:
-    """Raises EngineLoadError when the registry names an engine that doesn't exist."""
+def make_engine(spec: ModelSpec, api_key: str = "") -> Engine:
+    """`api_key`: for an engine that is a server.
+
+    Raises EngineLoadError when the registry names an engine that doesn't exist.
+    """
     try:
         module, name = ENGINES[spec.engine]
     except KeyError:
@@ -66,7 +71,7 @@ def make_engine(spec: ModelSpec) -> Engine:
         raise EngineLoadError(
             f"The engine {spec.engine!r} is not installed here: {error}"
         ) from error
-    engine: Engine = engine_class(spec)
+    engine: Engine = engine_class(spec, api_key) if api_key else engine_class(spec)
     return engine
 
 
@@ -92,8 +97,11 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
     if not isinstance(first, Load):
         return 2
     try:
-        engine = make_engine(first.spec)
+        engine = make_engine(first.spec, first.api_key)
         info = engine.load()
+    except EngineUnavailable as error:
+        channel.send(Unavailable(error.message, error.retry_after_s))
+        return 1
     except EngineLoadError as error:
         channel.send(LoadFailed(error.message, error.retriable, error.too_large))
         return 1
@@ -101,6 +109,9 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
     channel.send(Loaded(info, not_isolated))
     try:
         _work(engine, inbox, channel)
+    except EngineUnavailable as error:
+        channel.send(Unavailable(error.message, error.retry_after_s))
+        return 1
     except EngineError as error:
         channel.send(Fatal(error.message, getattr(error, "exit_code", None)))
         return 1

@@ -37,18 +37,22 @@ from batch_app.engine.channel import (
     Reading,
     Submit,
     ToEngine,
+    Unavailable,
     from_engine_decoder,
 )
 from batch_app.engine.fetch import local_folder
 from batch_app.engine.memory import num_oom_kills, says_out_of_memory
 from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import (
+    ConfigError,
     EngineDied,
     EngineHung,
     EngineInterrupted,
     EngineLoadError,
     EngineOutOfMemory,
+    EngineUnavailable,
 )
+from batch_app.model_server import ModelServer
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +111,9 @@ class EngineHost(Engine):
         folder = self.spec.source
         if self.spec.engine == "vllm":
             folder = self.folder = local_folder(self.spec, self._start_timeout_s)
+        api_key = self._api_key()
         self._start()
-        self._send(Load(msgspec.structs.replace(self.spec, source=folder)))
+        self._send(Load(msgspec.structs.replace(self.spec, source=folder), api_key))
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             message = self._next(_TICK_S)
@@ -195,6 +200,15 @@ class EngineHost(Engine):
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _api_key(self) -> str:
+        """For the server that has the model; its process doesn't inherit it."""
+        if self.spec.engine != "openai":
+            return ""
+        try:
+            return ModelServer.of(self.spec.engine_args).api_key(os.environ)
+        except ConfigError as error:
+            raise EngineLoadError(f"model {self.spec.name!r}: {error.message}") from None
+
     def _start(self) -> None:
         ready, self._ready = self._ready, None
         if ready is not None and ready.network != self._network:
@@ -231,8 +245,14 @@ class EngineHost(Engine):
                 kind = EngineOutOfMemory
             self.close()
             raise kind(f"The engine failed: {message.message}", exit_code=message.exit_code)
+        if isinstance(message, Unavailable):
+            self.close()
+            raise EngineUnavailable(
+                message.message, retry_after_s=message.retry_after_s, model=self.spec.name
+            )
         if isinstance(message, Reading):
-            if _has_progressed(self._stats, message.stats):
+            is_sign_enough = self.info is not None and self.info.bounds_requests
+            if is_sign_enough or _has_progressed(self._stats, message.stats):
                 self._last_progress = time.monotonic()
             self._stats = message.stats
         return message

@@ -38,11 +38,12 @@ _REACHING_OUT = frozenset(
 )
 
 
-def needs_network(engine_args: Mapping[str, Any]) -> bool:
-    """Whether an engine with these arguments talks to other machines."""
+def needs_network(engine: str, engine_args: Mapping[str, Any]) -> bool:
+    """Whether this engine, with these arguments, talks to other machines."""
     given = {name.replace("-", "_"): value for name, value in engine_args.items()}
     return (
-        any(given.get(name) for name in _REACHING_OUT)
+        engine == "openai"
+        or any(given.get(name) for name in _REACHING_OUT)
         or given.get("nnodes", 1) != 1
         or "ray" in (given.get("distributed_executor_backend"), given.get("data_parallel_backend"))
     )

@@ -76,8 +76,10 @@ def smaller(limits: EngineLimits) -> EngineLimits | None:
     return None if lower == limits else lower
 
 
-def limits_of(info: EngineInfo) -> LimitsTried:
-    """What a loaded engine runs with."""
+def limits_of(info: EngineInfo) -> LimitsTried | None:
+    """What a loaded engine runs with; None where its steps are not ours to limit."""
+    if info.max_num_batched_tokens is None:
+        return None
     limits = EngineLimits(
         max_num_seqs=info.max_num_seqs,
         max_num_batched_tokens=info.max_num_batched_tokens,
@@ -93,6 +95,13 @@ def lowered_for(spec: ModelSpec, device: str, engine_version: str) -> EngineLimi
     if lowered is None or (lowered.device, lowered.engine_version) != (device, engine_version):
         return None
     return lowered.limits
+
+
+def told(info: EngineInfo) -> str:
+    """The limits of a loaded engine, and where they come from."""
+    tried = limits_of(info)
+    words = f"{info.max_num_seqs:,} requests" if tried is None else in_words(tried.limits)
+    return f"{words} ({info.limits_source})" if info.limits_source else words
 
 
 def in_words(limits: EngineLimits) -> str:

@@ -26,6 +26,8 @@ _PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 
 def local_files(entry: ModelEntry) -> Path | None:
     """The folder with a model's files if it is on this machine; the hub isn't asked."""
+    if entry.runs_elsewhere:
+        return None
     folder = Path(entry.source).expanduser()
     if folder.is_dir():
         return folder

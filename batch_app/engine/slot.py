@@ -16,7 +16,7 @@ from batch_app.engine.host import EngineHost
 from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
 from batch_app.engine.process import EngineProcess, Network
-from batch_app.errors import EngineDied, EngineLoadError
+from batch_app.errors import EngineDied, EngineLoadError, EngineUnavailable
 from batch_app.registry import ModelEntry
 
 
@@ -93,7 +93,7 @@ class EngineSlot:
         One that runs out of memory while it loads is tried again with smaller limits, as long as
         there are any; `say` is told.
 
-        Raises EngineLoadError, EngineInterrupted; nothing is loaded then.
+        Raises EngineLoadError, EngineUnavailable, EngineInterrupted; nothing is loaded then.
         """
         host = self._host
         if self.holds(entry) and host is not None and host.info is not None:
@@ -112,8 +112,8 @@ class EngineSlot:
         if host is None or host.info is None:
             return None
         tried = limits_of(host.info)
-        limits = smaller(tried.limits)
-        if limits is not None:
+        limits = smaller(tried.limits) if tried else None
+        if tried is not None and limits is not None:
             spec = msgspec.structs.replace(host.spec, lowered=None)
             self._lowered.set(spec, replace(tried, limits=limits))
         return limits
@@ -136,7 +136,7 @@ class EngineSlot:
                 lowered = replace(tried, limits=limits)
                 self._lowered.set(spec, lowered)
                 say(f"{error.message.rstrip('.')}. Trying again with {in_words(limits)}.")
-            except EngineDied:
+            except (EngineDied, EngineUnavailable):
                 self._on_load(spec.name, None)
                 raise
             else:
@@ -172,5 +172,5 @@ class EngineSlot:
 def network_for(spec: ModelSpec, settings: Settings) -> Network:
     """Its own, unless the settings or what it does ask for the machine's."""
     own = settings.engine_network == "isolated"
-    own = own and not settings.media_domains and not needs_network(spec.engine_args)
+    own = own and not settings.media_domains and not needs_network(spec.engine, spec.engine_args)
     return "isolated" if own else "host"

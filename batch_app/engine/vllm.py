@@ -33,6 +33,7 @@ from batch_app.engine.base import (
     Outcome,
 )
 from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
+from batch_app.engine.usage import usage_of
 from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 if TYPE_CHECKING:
@@ -58,29 +59,6 @@ _ENVIRONMENT = {
 
 #: Where vLLM names a request itself unless its body does.
 _NAMED = (Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value)
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """`usage` in its two spellings: the Responses API says input and output tokens."""
-
-    prompt_tokens: int | None = None
-    input_tokens: int | None = None
-    completion_tokens: int | None = None
-    output_tokens: int | None = None
-    completion_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
-
-
-class _Body(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-_decode_usage = msgspec.json.Decoder(_Body).decode
 
 
 def import_libraries() -> None:
@@ -352,19 +330,15 @@ class VllmEngine(Engine):
 def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:
     if status != 200:
         return Outcome(number, status, body)
-    try:
-        usage = _decode_usage(body).usage or _Usage()
-    except msgspec.MsgspecError:
-        usage = _Usage()
-    details = usage.completion_tokens_details or usage.output_tokens_details or _Details()
+    tokens, _ = usage_of(body)
     return Outcome(
         number,
         status,
         body,
-        prompt_tokens=usage.prompt_tokens or usage.input_tokens or 0,
-        completion_tokens=usage.completion_tokens or usage.output_tokens or 0,
+        prompt_tokens=tokens.prompt_tokens,
+        completion_tokens=tokens.completion_tokens,
         cached_tokens=record.cached_tokens,
-        reasoning_tokens=details.reasoning_tokens or 0,
+        reasoning_tokens=tokens.reasoning_tokens,
     )
 
 

@@ -203,7 +203,9 @@ class EngineLifetime:
             assert info.engine_version
             assert info.device
             assert info.load_s >= 0
-            assert min(info.max_model_len, info.max_num_seqs, info.max_num_batched_tokens) > 0
+            assert info.max_num_seqs > 0
+            for limit in (info.max_model_len, info.max_num_batched_tokens):
+                assert limit is None or limit > 0
             assert CHAT in info.endpoints
         finally:
             engine.close()

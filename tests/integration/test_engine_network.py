@@ -146,4 +146,5 @@ def test_the_slot_takes_the_machines_network_where_it_is_needed(
     ],
 )
 def test_what_reaches_other_machines(engine_args: dict[str, Any], is_needed: bool) -> None:
-    assert needs_network(engine_args) is is_needed
+    assert needs_network("vllm", engine_args) is is_needed
+    assert needs_network("openai", engine_args)
