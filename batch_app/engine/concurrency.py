@@ -22,8 +22,8 @@ SHRINK = 0.7
 WORTH = 0.3
 #: Rounds after a growth that wasn't worth it, before the next one is tried.
 HOLD_ROUNDS = 10
-#: Answers by which a round is judged, at the least.
-FEWEST = 8
+#: Answers by which a round is judged, at the least; and so many windows of them.
+FEWEST, WINDOWS = 32, 2
 
 
 class Concurrency:
@@ -48,15 +48,15 @@ class Concurrency:
 
     def answered(self, *, sent_at: float, now: float, tokens: int, num_in_flight: int) -> None:
         """An answer came. `num_in_flight`: when it was sent, itself included."""
-        if self._measured_from is None:
-            # What was sent before the window changed says little: wait for the first that wasn't.
-            if sent_at >= self._began_at:
-                self._measured_from = now
-            return
         self._num_answers += 1
+        if self._measured_from is None:
+            # What was under way before the window changed says little: let it pass.
+            if sent_at >= self._began_at and self._num_answers >= self.window:
+                self._measured_from, self._num_answers = now, 0
+            return
         self._num_full += num_in_flight >= self.window
         self._tokens += max(tokens, 1)
-        if self._num_answers >= max(self.window, FEWEST) and now > self._measured_from:
+        if self._num_answers >= max(WINDOWS * self.window, FEWEST) and now > self._measured_from:
             self._close(now, self._tokens / (now - self._measured_from))
 
     def refused(self, *, sent_at: float, now: float) -> None:

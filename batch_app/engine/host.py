@@ -111,9 +111,8 @@ class EngineHost(Engine):
         folder = self.spec.source
         if self.spec.engine == "vllm":
             folder = self.folder = local_folder(self.spec, self._start_timeout_s)
-        api_key = self._api_key()
         self._start()
-        self._send(Load(msgspec.structs.replace(self.spec, source=folder), api_key))
+        self._send(Load(msgspec.structs.replace(self.spec, source=folder), self._api_key()))
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             message = self._next(_TICK_S)
@@ -207,6 +206,7 @@ class EngineHost(Engine):
         try:
             return ModelServer.of(self.spec.engine_args).api_key(os.environ)
         except ConfigError as error:
+            self.close()
             raise EngineLoadError(f"model {self.spec.name!r}: {error.message}") from None
 
     def _start(self) -> None:

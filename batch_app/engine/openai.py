@@ -15,11 +15,9 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import msgspec
 import orjson
 
 from batch_app.core import Endpoint
@@ -33,6 +31,7 @@ from batch_app.engine.base import (
 )
 from batch_app.engine.concurrency import Concurrency
 from batch_app.engine.retries import BUSY, is_worth_another_try, pause_s
+from batch_app.engine.server_bodies import SHORTEST, body_to_send, readable, refusal, with_our_name
 from batch_app.engine.server_client import Answer, NoAnswer, ServerClient
 from batch_app.engine.usage import usage_of
 from batch_app.errors import (
@@ -48,15 +47,6 @@ from batch_app.model_server import ModelServer
 DEVICE = "remote server"
 #: Answers that may mean the server as a whole: it lost our key, or the model.
 _OF_THE_SERVER = frozenset({401, 404})
-#: The shortest request to each endpoint, to see whether it works.
-_SHORTEST: Mapping[str, Mapping[str, Any]] = {
-    Endpoint.CHAT_COMPLETIONS: {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
-    Endpoint.COMPLETIONS: {"prompt": "Hi", "max_tokens": 1},
-    Endpoint.RESPONSES: {"input": "Hi", "max_output_tokens": 16},
-    Endpoint.EMBEDDINGS: {"input": "Hi"},
-    Endpoint.SCORE: {"text_1": "Hi", "text_2": "Hi"},
-    Endpoint.RERANK: {"query": "Hi", "documents": ["Hi"]},
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -135,11 +125,11 @@ class OpenAIEngine(Engine):
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         for request in requests:
-            refusal = _refusal(request)
-            if refusal is not None:
-                self._done.append(refusal)
+            refused = refusal(request)
+            if refused is not None:
+                self._done.append(refused)
             else:
-                body = _body_to_send(request.body, self._spec.source, self._server.extra_body)
+                body = body_to_send(request.body, self._spec.source, self._server.extra_body)
                 self._queue.append(_Pending(request.number, request.endpoint, body))
 
     def cancel(self, numbers: Collection[int]) -> None:
@@ -270,7 +260,7 @@ class OpenAIEngine(Engine):
     ) -> None:
         """Make an outcome of an answer, or see to it that the request comes again."""
         if isinstance(answer, Answer):
-            answer = _readable(answer)
+            answer = readable(answer)
         if isinstance(answer, NoAnswer):
             message = answer.why.encode()
             outcome = Outcome(pending.number, 500, message, error_code=answer.code)
@@ -346,7 +336,7 @@ class OpenAIEngine(Engine):
         return Outcome(
             number,
             200,
-            _with_our_name(answer.body, self._spec.source, self._spec.name),
+            with_our_name(answer.body, self._spec.source, self._spec.name),
             prompt_tokens=tokens.prompt_tokens,
             completion_tokens=tokens.completion_tokens,
             cached_tokens=tokens.cached_tokens,
@@ -420,10 +410,10 @@ class OpenAIEngine(Engine):
     async def _try_shortest(self, endpoint: str) -> None:
         """Raises EngineUnavailable where even that fails."""
         assert self._client is not None
-        fields = {"model": self._spec.source, **_SHORTEST[endpoint], **self._server.extra_body}
+        fields = {"model": self._spec.source, **SHORTEST[endpoint], **self._server.extra_body}
         answer = await self._client.post(endpoint, orjson.dumps(fields))
         if isinstance(answer, Answer):
-            answer = _readable(answer)
+            answer = readable(answer)
         if isinstance(answer, NoAnswer):
             what = f"does not work: {answer.why[0].lower()}{answer.why[1:].rstrip('.')}"
         elif is_worth_another_try(answer.status):
@@ -446,71 +436,3 @@ class OpenAIEngine(Engine):
         for task in tasks:
             task.cancel()
         loop.run_until_complete(asyncio.wait(tasks, timeout=timeout_s))
-
-
-# -- bodies ----------------------------------------------------------------------------------------
-
-_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def _refusal(request: EngineRequest) -> Outcome | None:
-    """What isn't sent at all, in the words of the in-process engine."""
-    if request.endpoint not in _SHORTEST:
-        return _error(request.number, 404, f"There is no {request.endpoint} here", "url")
-    with contextlib.suppress(msgspec.MsgspecError):
-        fields = _fields(request.body)
-        for name in ("stream", "background"):
-            if bytes(fields.get(name, b"false")).strip() not in (b"false", b"null"):
-                return _error(request.number, 400, f"`{name}` cannot be true in a batch", name)
-    return None
-
-
-def _error(number: int, status: int, message: str, param: str | None = None) -> Outcome:
-    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return Outcome(number, status, orjson.dumps({"error": error}))
-
-
-def _body_to_send(body: bytes, served_name: str, extra: Mapping[str, Any]) -> bytes:
-    """The request with the server's name of the model; all else as it came."""
-    try:
-        fields = _fields(body)
-    except msgspec.MsgspecError:
-        return body  # the server says what is wrong with it
-    for name, value in {"model": served_name, **extra}.items():
-        fields[name] = msgspec.Raw(orjson.dumps(value))
-    return msgspec.json.encode(fields)
-
-
-def _readable(answer: Answer) -> Answer | NoAnswer:
-    """The answer as one line of JSON, which its body will be a part of.
-
-    An error that is no JSON object is put into one; a response that is none is no answer.
-    """
-    try:
-        is_object = isinstance(orjson.loads(answer.body), dict)
-    except orjson.JSONDecodeError:
-        is_object = False
-    if is_object and (answer.status == 200 or not 200 <= answer.status < 300):
-        if b"\n" in answer.body or b"\r" in answer.body:
-            # Between the parts of JSON, where a blank means the same; never in a string.
-            one_line = answer.body.replace(b"\r", b" ").replace(b"\n", b" ")
-            return Answer(answer.status, one_line, answer.retry_after_s)
-        return answer
-    if 200 <= answer.status < 300:
-        return NoAnswer("invalid_response", "The server's answer is no JSON object.")
-    message = f"The server answered {answer.status} without saying more in JSON"
-    return Answer(answer.status, _error(0, answer.status, message).body, answer.retry_after_s)
-
-
-def _with_our_name(body: bytes, served_name: str, name: str) -> bytes:
-    """The answer with the model under the name that the request said: what `_body_to_send` put
-    there is taken back. Another name (a version, say) stays, as does all else, byte for byte."""
-    if served_name == name:
-        return body
-    with contextlib.suppress(msgspec.MsgspecError):
-        fields = _fields(body)
-        if "model" in fields and msgspec.json.decode(fields["model"]) == served_name:
-            fields["model"] = msgspec.Raw(orjson.dumps(name))
-            return msgspec.json.encode(fields)
-    return body

@@ -165,15 +165,16 @@ def test_the_server_is_left_alone_as_long_as_it_asks_for(server: ModelServerStub
 def test_a_server_that_refuses_more_gets_fewer_at_a_time(server: ModelServerStub) -> None:
     server.most = 3
     with loaded(server) as engine:
-        outcomes = run(engine, *(chat(number) for number in range(100)))
+        slow = [chat(number, max_tokens=80, ignore_eos=True) for number in range(12)]
+        outcomes = run(engine, *slow)
         assert engine._limit.window < 8  # type: ignore[attr-defined]
     assert {one.status_code for one in outcomes} == {200}
 
 
 def test_no_more_are_sent_at_a_time_than_is_allowed(server: ModelServerStub) -> None:
     with loaded(server, max_concurrency=4) as engine:
-        run(engine, *(chat(number) for number in range(50)))
-    assert server.most_at_once == 4
+        run(engine, *(chat(number, max_tokens=40, ignore_eos=True) for number in range(12)))
+    assert 1 < server.most_at_once <= 4
 
 
 # -- what becomes an error line --------------------------------------------------------------------

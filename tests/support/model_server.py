@@ -1,4 +1,4 @@
-"""A server that speaks OpenAI's API as vLLM's does: a real one, over HTTP, that fails as it is told.
+"""A server that speaks OpenAI's API as vLLM's does: over real HTTP, and failing as it is told.
 
 Its answer to a request is the last message (or prompt) said back, and its tokens are words.
 """
