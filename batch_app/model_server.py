@@ -32,7 +32,7 @@ PATHS = ("api_key_file", "ca_file")
 PRIVATE = ("base_url", "api_key_env", *PATHS)
 #: The program's own part of a request.
 _OURS = frozenset({"model", "stream", "background"})
-#: Variables with such names are kept from engine processes (`engine.host`).
+#: Variables with such names are kept from engine processes (`engine.process`).
 _KEY_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*_(KEY|TOKEN|SECRET|PASSWORD)")
 _MAX_KEY_CHARS = 8192
 

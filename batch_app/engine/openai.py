@@ -197,11 +197,10 @@ class OpenAIEngine(Engine):
     async def _work(self, timeout_s: float) -> None:
         """Until there is an outcome, the server is given up, or the time is over."""
         deadline = time.monotonic() + timeout_s
-        while not self._done and self._failure is None and self._is_busy():
+        while not self._done and self._is_busy():
             self._send_due()
-            self._give_up_in_time()
             now = time.monotonic()
-            if self._failure is not None or now >= deadline:
+            if self._is_given_up(now) or now >= deadline:
                 break
             with contextlib.suppress(TimeoutError):
                 until = min(deadline, self._next_due(now))
@@ -357,12 +356,13 @@ class OpenAIEngine(Engine):
         since = self._trouble_since
         return since is not None and now - since > self._server.patience_s
 
-    def _give_up_in_time(self) -> None:
-        """Where nothing is on its way any more, and the server has refused everything for long, or
-        wants to be left alone for long."""
-        now = time.monotonic()
+    def _is_given_up(self, now: float) -> bool:
+        """Whether the server is: now, where nothing is on its way any more, and it has refused
+        everything for long, or wants to be left alone for long."""
+        if self._failure is not None:
+            return True
         if self._running or self._trouble_since is None or self._proving is not None:
-            return
+            return False
         asked_s = self._held_until - now
         if self._is_out_of_patience(now) or asked_s > self._server.patience_s:
             self._failure = EngineUnavailable(
@@ -370,6 +370,7 @@ class OpenAIEngine(Engine):
                 retry_after_s=max(asked_s, 0.0),
                 model=self._spec.name,
             )
+        return self._failure is not None
 
     def _prove(self) -> None:
         """Find out whether the server works: then the outcomes that wait for that are true.

@@ -16,7 +16,7 @@ import pytest
 
 from batch_app.core import BatchStatus
 from batch_app.engine.base import EngineRequest
-from batch_app.engine.host import engine_environment
+from batch_app.engine.process import engine_environment
 from batch_app.engine.vllm import VllmEngine, _emulates_bfloat16
 from contract.engine_conformance import CHAT, collect_all
 from integration.beside_vllm import without_ids
@@ -47,11 +47,12 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of `vllm serve` with the demo model, under another name than ours."""
+    """The base URL of vLLM's server with the demo model, under another name than ours."""
     pytest.importorskip("vllm")
     log = tmp_path_factory.mktemp("vllm") / "serve.log"
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(DEMO_MODEL)),
+        # What `vllm serve` starts; that command isn't in the package for processors.
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(DEMO_MODEL)),
         *("--served-model-name", "demo-over-there", "--host", "127.0.0.1", "--port", "0"),
         *("--max-model-len", "2048", "--enforce-eager", "--enable-auto-tool-choice"),
         *("--tool-call-parser", "hermes"),
@@ -69,7 +70,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             lambda: _address(process),
             timeout_s=280.0,
             every_s=0.5,
-            what=f"vllm serve listens; see {log}",
+            what=f"vLLM's server listens; see {log}",
         )
         yield f"{url}/v1"
     finally:
@@ -79,7 +80,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _address(process: subprocess.Popen[bytes]) -> str:
     """Where it listens, once it is healthy; it chose the port itself."""
-    assert process.poll() is None, "vllm serve has ended"
+    assert process.poll() is None, "vLLM's server has ended"
     for connection in psutil.Process(process.pid).net_connections(kind="inet"):
         if connection.status != psutil.CONN_LISTEN:
             continue

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from batch_app.engine.host import engine_environment
+from batch_app.engine.process import engine_environment
 from batch_app.errors import ConfigError
 from batch_app.model_server import ModelServer
 from batch_app.provenance import _shown
