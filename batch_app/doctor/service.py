@@ -17,7 +17,7 @@ from batch_app.metrics import MISSED_HEARTBEATS
 from batch_app.routes.middleware import is_loopback
 from batch_app.store import LEASED, Store, WorkerRow
 
-_ANSWER_S = 5.0
+_ANSWER_S = 10.0
 _START = "vllm-batch up, or ./start_worker.sh"
 _WAIT = (BatchStatus.QUEUED, *LEASED)
 
@@ -55,6 +55,13 @@ def _server(settings: Settings) -> Iterator[Finding]:
             alive = client.get(f"{url}/livez").json()
             health = client.get(f"{url}/health").json()
         version, checks = alive["version"], health["checks"]
+    except httpx.TimeoutException:
+        yield fail(
+            "API server",
+            f"{_listener(port)} listens on {place} and gives no answer in {_ANSWER_S:.0f} s",
+            "if that is this server, start it again; else end it, or choose another port: --port",
+        )
+        return
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         who = _listener(port)
         yield fail(

