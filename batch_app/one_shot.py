@@ -3,6 +3,8 @@
 It is a batch like any other, in a data folder of its own beside the output (`OUTPUT.work`), run by
 a worker in this process. So it may be killed at any moment, and the same command goes on from
 there. The folder is removed when the output is complete.
+
+The output is what vLLM's `run-batch` writes, so that its readers read it.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from batch_app.errors import BadLines, BadRequest, Conflict
 from batch_app.files import (
     DataDir,
     IncomingFolder,
+    atomic_writer,
     move_durably,
     new_id,
     no_room_is_storage_full,
@@ -38,9 +41,10 @@ from batch_app.files import (
     sync_dir,
 )
 from batch_app.intake import index_file
-from batch_app.registry import ModelRegistry
+from batch_app.registry import ModelEntry, ModelRegistry
 from batch_app.store import Store
 from batch_app.validation import intake_rules
+from batch_app.wire.lines import as_run_batch
 from batch_app.worker import EXIT_AT_ONCE, Worker
 
 LOOK_EVERY_S = 0.25
@@ -53,14 +57,17 @@ def work_folder(output: Path) -> Path:
 
 
 def own_data(settings: Settings, output: Path) -> Settings:
-    """The same settings, on the run's own data folder and database."""
+    """The same settings, on the run's own data folder, database and registry."""
     folder = work_folder(output)
-    return settings.model_copy(
-        update={
-            "data_dir": folder,
-            "database_url": f"sqlite:///{folder / 'database' / 'batch_jobs.db'}",
-        }
-    )
+    changes: dict[str, object] = {
+        "data_dir": folder,
+        "database_url": f"sqlite:///{folder / 'database' / 'batch_jobs.db'}",
+        "models": folder / "models.toml",
+    }
+    if "benchmarks_dir" not in settings.model_fields_set and not settings.benchmarks_dir.exists():
+        # Not in a project's folder: what was measured would lie about in somebody's own.
+        changes["benchmarks_dir"] = folder / "benchmarks"
+    return settings.model_copy(update=changes)
 
 
 class OneShot:
@@ -71,14 +78,15 @@ class OneShot:
         source: Path,
         output: Path,
         *,
-        model: str,
+        entry: ModelEntry,
         settings: Settings,
         overwrite: bool = False,
         stop: threading.Event | None = None,
     ) -> None:
+        """`entry`: the model that answers, with its engine's arguments."""
         self._source = source
         self._output = output.absolute()
-        self._model = model
+        self._entry = entry
         self._overwrite = overwrite
         self._folder = work_folder(self._output)
         self._settings = own_data(settings, self._output)
@@ -95,7 +103,6 @@ class OneShot:
         Raises:
             BadLines: the file can't run; nothing was done.
             BadRequest: there is no such input, or the output is there already.
-            ModelNotFound, ConfigError: the model, or the registry.
             Conflict: another process is at it, or an earlier run was of another input or model.
             StorageFull, StoreUnavailable, OSError: of the disk; what is committed stays.
         """
@@ -103,8 +110,6 @@ class OneShot:
             raise BadRequest(f"There is no input file {self._source}.")
         if not self._output.parent.is_dir():
             raise BadRequest(f"There is no folder {self._output.parent} for the output.")
-        # Looked up first: a wrong name must not leave anything behind.
-        self._model = ModelRegistry.load(self._settings.models).get(self._model).name
         if not self._folder.exists() and self._output.exists() and not self._overwrite:
             raise BadRequest(
                 f"{self._output} is there already. Remove it, or give --overwrite to replace it."
@@ -146,22 +151,36 @@ class OneShot:
         batches, _ = store.list_batches(limit=1)
         if batches and batches[0].status is not BatchStatus.FAILED:
             self._check_same(batches[0])
+            self._write_registry()
             return batches[0]
         if batches and self._output.exists() and not self._overwrite:
             raise BadRequest(
                 f"The run before this one failed, and {self._output} holds what it answered. "
                 "Remove it, or give --overwrite, to begin anew."
             )
+        self._write_registry()
         return self._add_batch(store)
 
     def _check_same(self, batch: Batch) -> None:
         kept = self._data.input_file(batch.input_file_id)
-        same = batch.model == self._model and filecmp.cmp(kept, self._source, shallow=False)
+        before = ModelRegistry.load(self._settings.models).entries[0]
+        same = (
+            batch.model == self._entry.name
+            and (before.source, before.revision) == (self._entry.source, self._entry.revision)
+            and filecmp.cmp(kept, self._source, shallow=False)
+        )
+        if same and before != self._entry:
+            # With smaller limits it may go on where it ran out of memory.
+            _tell("Going on with other engine arguments than before; what is answered stays.")
         if not same:
             raise Conflict(
                 f"{self._folder} holds an unfinished run of another input or model "
                 f"({batch.model}). Finish that one, or remove the folder to begin anew."
             )
+
+    def _write_registry(self) -> None:
+        with atomic_writer(self._settings.models) as file:
+            file.write(self._entry.as_toml().encode())
 
     def _add_batch(self, store: Store) -> Batch:
         now = utc_now()
@@ -170,13 +189,13 @@ class OneShot:
             dialect=Dialect.NATIVE,
             status=BatchStatus.QUEUED,
             endpoint="",
-            model=self._model,
+            model=self._entry.name,
             input_file_id=new_id("file"),
             created_at=now,
             queued_at=now,
             total=0,
         )
-        rules = intake_rules(batch, self._settings, ModelRegistry.load(self._settings.models))
+        rules = intake_rules(batch, self._settings, ModelRegistry([self._entry]))
         input_path = self._data.input_file(batch.input_file_id)
         try:
             with IncomingFolder(self._data) as folder:
@@ -193,7 +212,7 @@ class OneShot:
         batch = replace(batch, endpoint=summary.endpoints[0], total=summary.num_requests)
         size_bytes = input_path.stat().st_size
         BatchLog(self._data.log_file(batch.id)).write(
-            f"submitted: {batch.total} requests, {size_bytes} bytes, model {self._model}"
+            f"submitted: {batch.total} requests, {size_bytes} bytes, model {self._entry.name}"
         )
         return store.add_batch(
             batch,
@@ -227,7 +246,13 @@ class OneShot:
         results = self._data.results_file(batch)
         if batch.status is BatchStatus.FAILED and not batch.progress.completed:
             return  # nothing but errors, all the same: the message says it once
-        if results.exists():  # else a run that was cut off just after this has moved them
+        if not results.exists():
+            return  # a run that was cut off just after this has moved them
+        if batch.progress.failed:
+            with results.open("rb") as lines, atomic_writer(self._output) as output:
+                output.writelines(map(as_run_batch, lines))
+            results.unlink()
+        else:
             move_durably(results, self._output)
 
 
@@ -284,7 +309,7 @@ def _sync_file(path: Path) -> None:
 
 
 def main(
-    source: Path, output: Path, *, model: str, settings: Settings, overwrite: bool = False
+    source: Path, output: Path, *, entry: ModelEntry, settings: Settings, overwrite: bool = False
 ) -> int:
     """The command: runs, tells the outcome on standard error, and returns the exit code.
 
@@ -305,7 +330,7 @@ def main(
     for number in before:
         signal.signal(number, on_signal)
     one_shot = OneShot(
-        source, output, model=model, settings=settings, overwrite=overwrite, stop=stop
+        source, output, entry=entry, settings=settings, overwrite=overwrite, stop=stop
     )
     try:
         batch = one_shot.run()

@@ -469,10 +469,14 @@ def check_body(
         )
 
 
+#: Among a model's `chat_template_kwargs`: every name is allowed.
+ANY = "*"
+
+
 def check_template_arguments(names: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     """`chat_template_kwargs` of a request, against what the model's registry entry allows."""
     for name in names:
-        if name not in allowed:
+        if name not in allowed and ANY not in allowed:
             known = ", ".join(allowed) or "none"
             raise problem(
                 "chat_template_kwargs",

@@ -8,6 +8,7 @@ is JSON already.
 
 from __future__ import annotations
 
+import msgspec
 import orjson
 
 
@@ -41,3 +42,30 @@ def error_line(batch_id: str, number: int, custom_id: str, code: str, message: s
             "error": {"code": code, "message": message},
         }
     )
+
+
+class _Response(msgspec.Struct):
+    status_code: int
+    request_id: str
+    body: msgspec.Raw
+
+
+class _Line(msgspec.Struct):
+    id: str
+    custom_id: str
+    response: _Response | None
+    error: msgspec.Raw
+
+
+_NULL = msgspec.Raw(b"null")
+_decode_line = msgspec.json.Decoder(_Line).decode
+_encode_line = msgspec.json.Encoder().encode
+
+
+def as_run_batch(line: bytes) -> bytes:
+    """The same line as vLLM's `run-batch` writes it, with a line feed: the body of a refusal stands
+    under `error`. Its own reader doesn't take it for a body."""
+    read = _decode_line(line)
+    if read.response is not None and read.response.status_code != 200:
+        read.error, read.response.body = read.response.body, _NULL
+    return _encode_line(read) + b"\n"

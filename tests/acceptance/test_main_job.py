@@ -243,16 +243,28 @@ def test_nobody_outside_reaches_what_the_engine_listens_on(site: Site, server: S
     assert not listening_in_network_of(os.getpid()).keys() & ours
 
 
-def test_a_file_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
-    site: Site, server: Server, tmp_path: Path
+def test_a_command_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / "questions.jsonl"
     questions = list(demo_tasks.make_requests(40, seed=11))
+    questions[7]["body"]["messages"][0]["content"] = "very long " * 3000
     path.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in questions))
-    batch_id = submit(server, path)["batch_id"]
-    ensure_worker(site)
-    site.wait_until_done(batch_id, timeout_s=240)
-    ours = site.data.results_file(site.batch(batch_id)).read_bytes().splitlines()
+    ours_path, theirs_path = tmp_path / "ours.jsonl", tmp_path / "theirs.jsonl"
+    flags = ["--model", str(REPO / "models" / "demo"), "--served-model-name", "demo"]
+    flags += ["--max-model-len", "2048", "--enforce-eager", "-i", str(path)]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    # Outside of any project: there is no registry.
+    run = [sys.executable, "-m", "batch_app.cli", "run", *flags, "-o", str(ours_path)]
+    subprocess.run(
+        run,
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(REPO)},
+        check=True,
+        timeout=400,
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.jsonl", "questions.jsonl"]
+    ours = ours_path.read_bytes().splitlines()
 
     # vLLM's runner, and after it its own reader of such lines, which takes ours for its own.
     beside = tmp_path / "beside.py"
@@ -264,15 +276,11 @@ def test_a_file_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
         "    lines = [BatchRequestOutput.model_validate_json(line) for line in sys.stdin]\n"
         "    print(len(lines), 'lines read')\n"
     )
-    theirs_path = tmp_path / "theirs.jsonl"
-    command = [sys.executable, str(beside), "-i", str(path), "-o", str(theirs_path)]
-    command += ["--model", str(REPO / "models" / "demo"), "--served-model-name", "demo"]
-    command += ["--max-model-len", "2048", "--enforce-eager"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(beside), *flags, "-o", str(theirs_path)]
     done = subprocess.run(
         command,
         input=b"\n".join(ours),
-        env=os.environ | environment,
+        env=environment,
         check=True,
         capture_output=True,
         timeout=400,
@@ -285,6 +293,12 @@ def test_a_file_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
         assert our["custom_id"] == their["custom_id"]
         assert set(our) == set(their)
         assert set(our["response"]) == set(their["response"])
+        assert our["response"]["status_code"] == their["response"]["status_code"]
+        assert our["error"] == their["error"]
+        if our["error"]:
+            assert our["custom_id"] == questions[7]["custom_id"]
+            assert our["response"]["body"] == their["response"]["body"] is None
+            continue
         assert our["response"]["body"]["choices"] == their["response"]["body"]["choices"]
         assert our["response"]["body"]["usage"] == their["response"]["body"]["usage"]
         assert set(our["response"]["body"]) == set(their["response"]["body"])

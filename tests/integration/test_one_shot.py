@@ -12,11 +12,14 @@ from pathlib import Path
 import orjson
 import pytest
 from sqlalchemy import create_engine, text
+from typer.testing import CliRunner
 
+from batch_app.cli.program import app
 from batch_app.config import load_settings
 from batch_app.core import BatchStatus
 from batch_app.errors import BadRequest, Conflict, ModelNotFound
 from batch_app.one_shot import OneShot, work_folder
+from batch_app.one_shot_model import one_shot_entry
 from support.site import REPO, assert_answers_echo, echo_line, kill_tree, registry_text
 from support.waiting import wait_for
 
@@ -80,9 +83,12 @@ class Place:
     def lines(self) -> list[dict[str, object]]:
         return [orjson.loads(line) for line in self.output.read_bytes().splitlines()]
 
-    def one_shot(self, model: str = "sim", overwrite: bool = False) -> OneShot:
+    def one_shot(
+        self, model: str = "sim", overwrite: bool = False, **engine_args: object
+    ) -> OneShot:
         settings = load_settings(models=self.models, benchmarks_dir=self.root / "benchmarks")
-        return OneShot(self.input, self.output, model=model, settings=settings, overwrite=overwrite)
+        entry = one_shot_entry(model, settings, engine_args=engine_args)
+        return OneShot(self.input, self.output, entry=entry, settings=settings, overwrite=overwrite)
 
 
 @pytest.fixture
@@ -160,6 +166,60 @@ def test_does_not_mix_two_inputs(place: Place) -> None:
         place.one_shot(model="slow").run()
     assert place.one_shot().run().status is BatchStatus.COMPLETED
     assert_answers_echo(place.lines(), 50)
+
+
+def test_flags_of_vllm_reach_the_engine_and_refusals_look_like_its(place: Place) -> None:
+    lines = [echo_line(0), echo_line(1), echo_line(2)]
+    lines[1]["body"]["messages"][0]["content"] = "much too long " * 20
+    place.input.write_bytes(b"".join(orjson.dumps(line) + b"\n" for line in lines))
+    code, said = place.run(
+        *("-i", str(place.input), "-o", str(place.output)),
+        *("--max_model_len=50", "--served-model-name", "mine", "--port", "9"),
+    )
+    assert code == 0, said
+    assert "--port has no effect" in said
+    assert "2 of 3 answered, 1 failed" in said
+    first, refused, last = place.lines()
+    assert_answers_echo([first], 1)
+    assert last["error"] is None
+    assert first["response"]["body"]["model"] == "mine"  # type: ignore[index]
+    assert refused["custom_id"] == "r1"
+    assert refused["response"]["status_code"] == 400  # type: ignore[index]
+    assert refused["response"]["body"] is None  # type: ignore[index]
+    assert refused["error"]["error"]["code"] == 400  # type: ignore[index]
+
+
+def test_it_goes_on_with_other_arguments_but_not_with_another_model(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.write(20)
+    first = place.one_shot()
+    first._stop.set()  # before anything ran
+    first.run()
+    other = place.root / "other"
+    other.mkdir()
+    elsewhere = one_shot_entry(str(other), load_settings(models=place.models))
+    second = place.one_shot(max_num_seqs=4)
+    second._entry = elsewhere.model_copy(update={"name": "sim"})
+    with pytest.raises(Conflict, match="another input or model"):
+        second.run()
+    assert place.one_shot(max_num_seqs=4).run().status is BatchStatus.COMPLETED
+    assert "other engine arguments" in capsys.readouterr().err
+    assert_answers_echo(place.lines(), 20)
+
+
+def test_a_wrong_flag_or_an_address_is_said_before_anything_is_done(place: Place) -> None:
+    place.write(3)
+    runner = CliRunner()
+    for words, message in (
+        (["in", "out", "--enforce-eagerly"], "--enforce-eager"),
+        (["https://example.com/in.jsonl", str(place.output)], "curl -o"),
+        ([str(place.input), "http://example.com/out"], "curl -T"),
+    ):
+        done = runner.invoke(app, ["run", *words, "--model", "sim", "--models", str(place.models)])
+        assert done.exit_code == 2
+        assert message in done.output
+    assert sorted(path.name for path in place.root.iterdir()) == ["in.jsonl", "models.toml"]
 
 
 def test_bad_lines_are_named_and_leave_nothing(place: Place) -> None:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from batch_app import __version__, api_server, one_shot, worker
 from batch_app.cli import app
 from batch_app.config import Settings
+from batch_app.registry import ModelEntry
 
 runner = CliRunner()
 
@@ -87,15 +88,15 @@ def test_run_takes_the_names_of_vllms_runner(
 ) -> None:
     given: list[tuple[Path, Path, str]] = []
 
-    def keep(source: Path, output: Path, *, model: str, **_: object) -> int:
-        given.append((source, output, model))
+    def keep(source: Path, output: Path, *, entry: ModelEntry, **_: object) -> int:
+        given.append((source, output, entry.name))
         return 3
 
     monkeypatch.setattr(one_shot, "main", keep)
     for names in (["a", "b"], ["-i", "a", "-o", "b"], ["--input-file", "a", "--output-file", "b"]):
-        result = runner.invoke(app, ["run", *names, "--model", "m"])
+        result = runner.invoke(app, ["run", *names, "--model", "a/m"])
         assert result.exit_code == 3
-        assert given.pop() == (Path("a"), Path("b"), "m")
-    result = runner.invoke(app, ["run", "a", "--model", "m"])
+        assert given.pop() == (Path("a"), Path("b"), "a/m")
+    result = runner.invoke(app, ["run", "a", "--model", "a/m"])
     assert result.exit_code == 2
     assert not given
