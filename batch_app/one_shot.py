@@ -42,6 +42,7 @@ from batch_app.files import (
 )
 from batch_app.intake import index_file
 from batch_app.registry import ModelEntry, ModelRegistry
+from batch_app.registry_file import entry_text
 from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.wire.lines import as_run_batch
@@ -180,7 +181,7 @@ class OneShot:
 
     def _write_registry(self) -> None:
         with atomic_writer(self._settings.models) as file:
-            file.write(self._entry.as_toml().encode())
+            file.write(entry_text(self._entry.model_dump(exclude_none=True)).encode())
 
     def _add_batch(self, store: Store) -> Batch:
         now = utc_now()

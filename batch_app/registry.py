@@ -17,7 +17,6 @@ What does not stand in it does not run: a request never triggers a download of i
 
 from __future__ import annotations
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -62,29 +61,6 @@ class ModelEntry(BaseModel):
     def max_model_len(self) -> int | None:
         value = self.engine_args.get("max_model_len")
         return value if isinstance(value, int) else None
-
-    def as_toml(self) -> str:
-        """This entry as a registry file of its own; `ModelRegistry.load` reads an equal one."""
-        values = self.model_dump(exclude={"engine_args"}, exclude_none=True)
-        lines = ["[[model]]", *(f"{key} = {_toml(value)}" for key, value in values.items())]
-        lines += ["[model.engine_args]"]
-        lines += [
-            f"{_toml(key)} = {_toml(value)}"
-            for key, value in self.engine_args.items()
-            if value is not None
-        ]
-        return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, dict):
-        parts = (f"{_toml(key)} = {_toml(item)}" for key, item in value.items())
-        return "{" + ", ".join(parts) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class _RegistryFile(BaseModel):

@@ -107,7 +107,7 @@ class RegistryFile:
                 )
         joint = "" if not text or text.endswith("\n\n") else "\n" if text.endswith("\n") else "\n\n"
         wanted = {**before, "model": [*before.get("model", ()), dict(entry)]}
-        self._write(text, (text or f"{NEW_FILE}\n") + joint + _block(entry), wanted)
+        self._write(text, (text or f"{NEW_FILE}\n") + joint + entry_text(entry), wanted)
 
     def remove(self, name: str) -> dict[str, Any]:
         """Take out the entry of this name or alias, with the comment right above it.
@@ -213,13 +213,14 @@ def _above(lines: Sequence[str], place: int) -> int:
     return place if first == 0 else first
 
 
-def _block(entry: Mapping[str, Any]) -> str:
+def entry_text(entry: Mapping[str, Any]) -> str:
+    """An entry as a registry holds it: the fields of `ModelEntry`, without None."""
     rest = {key: value for key, value in entry.items() if key != "engine_args"}
     lines = ["[[model]]", *(f"{key} = {_toml(value)}" for key, value in rest.items())]
     arguments = entry.get("engine_args")
     if arguments:
         lines.append("[model.engine_args]")
-        lines += [f"{key} = {_toml(value)}" for key, value in arguments.items()]
+        lines += [f"{_key(key)} = {_toml(value)}" for key, value in arguments.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -16,6 +16,7 @@ from batch_app.engine.vllm_flags import Flag, Takes
 from batch_app.errors import BadRequest, ConfigError, ModelNotFound
 from batch_app.one_shot_model import one_shot_entry
 from batch_app.registry import ModelEntry, ModelRegistry
+from batch_app.registry_file import entry_text
 
 OWN = {"--input-file": True, "-i": True, "--model": True, "--overwrite": False}
 KNOWN = {
@@ -201,5 +202,5 @@ def test_an_entry_survives_being_written(
         name=name, source=f"hub/{source}", trust_remote_code=trusted, engine_args=engine_args
     )
     path = tmp_path_factory.getbasetemp() / "one-entry.toml"
-    path.write_bytes(entry.as_toml().encode())
+    path.write_text(entry_text(entry.model_dump(exclude_none=True)), encoding="utf-8")
     assert ModelRegistry.load(path).entries == (entry,)
