@@ -13,9 +13,6 @@ import pytest
 from acceptance.conftest import Running
 from support.site import REPO
 
-# Where the machine is slow, LiteLLM's import alone takes most of a minute.
-pytestmark = pytest.mark.timeout(600)
-
 FOLDER = REPO / "examples"
 PROGRAMS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("*.sh")])
 
@@ -40,7 +37,7 @@ def run(program: Path, url: str, folder: Path, model: str) -> subprocess.Complet
         env=os.environ | {"PYTHONPATH": str(REPO), "VLLM_BATCH_SERVER": url, "MODEL": model},
         capture_output=True,
         text=True,
-        timeout=480,
+        timeout=600,
         check=False,
     )
 
