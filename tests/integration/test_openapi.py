@@ -101,7 +101,7 @@ def test_every_answer_is_declared(world: World, real: dict[str, list[str]]) -> N
     operations.sort(key=lambda operation: operation.method == "delete")  # the others need files
     lies = {}
     for operation in operations:
-        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+        for mode in modes(operation):
             try:
                 ask(operation, mode, real)
             except hypothesis.errors.Unsatisfiable:
@@ -113,6 +113,16 @@ def test_every_answer_is_declared(world: World, real: dict[str, list[str]]) -> N
         for inner in getattr(error, "exceptions", ()):
             print(inner)
     assert not lies
+
+
+def modes(operation: Any) -> tuple[GenerationMode, ...]:
+    """What is right by the document, and what is wrong by it. In a path any text is right: where
+    there is nothing else, looking for something wrong takes seconds, and finds nothing."""
+    can_be_wrong = any(
+        list(part)
+        for part in (operation.query, operation.headers, operation.cookies, operation.body)
+    )
+    return tuple(GenerationMode) if can_be_wrong else (GenerationMode.POSITIVE,)
 
 
 def as_localhost(app: Any, token: str | None = None) -> Any:
