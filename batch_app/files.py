@@ -113,8 +113,8 @@ class DataDir:
         return self.root / "lowered-limits.json"
 
     @property
-    def engine_log_dir(self) -> Path:
-        return self.root / "logs"
+    def engine_log(self) -> Path:
+        return self.root / "logs" / "engine.log"
 
     def create(self) -> None:
         """Make the folders that are not there yet."""
@@ -126,7 +126,7 @@ class DataDir:
             self.batches / "active",
             self.batches / "uploads",
             self.root / "database",
-            self.engine_log_dir,
+            self.engine_log.parent,
         ):
             folder.mkdir(parents=True, exist_ok=True)
 

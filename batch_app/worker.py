@@ -91,7 +91,7 @@ class Worker:
         ModelRegistry.load(settings.models)  # a registry that can't be read is said at the start
         self._slot = EngineSlot(
             settings,
-            self._data.engine_log_dir / "engine.log",
+            self._data.engine_log,
             stop.is_set,
             LoweredLimits(self._data.lowered_limits_file),
             self._count_load,

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 from batch_app.cli.program import app
 from batch_app.config import load_settings
 from batch_app.core import BatchStatus
-from batch_app.errors import BadRequest, Conflict, ModelNotFound
+from batch_app.engine.process import EngineProcess
+from batch_app.errors import BadLines, BadRequest, Conflict, ModelNotFound
 from batch_app.one_shot import OneShot, work_folder
 from batch_app.one_shot_model import one_shot_entry
 from support.site import REPO, assert_answers_echo, echo_line, kill_tree, registry_text
@@ -106,6 +108,38 @@ def test_answers_a_file_and_leaves_only_the_output(place: Place) -> None:
     assert code == 0, said
     assert "500 of 500 answered" in said
     assert_answers_echo(place.lines(), 500)
+    assert not work_folder(place.output).exists()
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[EngineProcess]:
+    """The engine processes that are started in this process."""
+    started: list[EngineProcess] = []
+    begin = EngineProcess.__init__
+
+    def note(self: EngineProcess, *arguments: Any, **more: Any) -> None:
+        begin(self, *arguments, **more)
+        started.append(self)
+
+    monkeypatch.setattr(EngineProcess, "__init__", note)
+    return started
+
+
+def test_a_run_has_one_engine_process_and_ends_it(
+    place: Place, engines: list[EngineProcess]
+) -> None:
+    place.write(3)
+    assert place.one_shot().run().status is BatchStatus.COMPLETED
+    assert [engine.wait(0) is not None for engine in engines] == [True]
+
+
+def test_a_file_that_cannot_run_leaves_no_engine(
+    place: Place, engines: list[EngineProcess]
+) -> None:
+    place.input.write_text("{}\n")
+    with pytest.raises(BadLines):
+        place.one_shot().run()
+    assert [engine.wait(0) is not None for engine in engines] == [True]
     assert not work_folder(place.output).exists()
 
 

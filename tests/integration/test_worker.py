@@ -149,7 +149,7 @@ def test_a_hanging_engine_is_killed_and_started_again(site: Site) -> None:
     assert batch.status is BatchStatus.COMPLETED
     assert_answers_echo(site.results(batch_id), 60)
     assert "the engine was killed" in site.log(batch_id)
-    engine_log = (site.data.engine_log_dir / "engine.log").read_text()
+    engine_log = (site.data.engine_log).read_text()
     assert "in collect" in engine_log  # the stacks of the hanging process
 
 
