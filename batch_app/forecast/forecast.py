@@ -107,7 +107,7 @@ class Forecaster:
         if size is not None and device is not None:
             prior = roofline.coefficients(size, device)
             guessed = Limits(kv_cache_tokens=roofline.kv_cache_tokens(size, device))
-        self._limits, self._guessed = limits, guessed
+        self._limits, self._guessed, self._size = limits, guessed, size
         self.can_forecast = bool(self.measurements) or prior is not None
         known = [one.limits for one in self.measurements]
         self.capacity = Capacity.of(limits, *known, guessed)
@@ -156,16 +156,19 @@ class Forecaster:
 
     @property
     def load_s(self) -> float:
-        """What loading took in the measurements of the same setting, the middle one; 0 if unknown.
+        """What loading took in the measurements of the same setting, the middle one.
 
         Loads from a warm page cache and from a cold one differ much; the middle is the usual case.
+        Where none was measured, a guess by the model's size; 0 where that isn't known either.
         """
         nearest = [
             one.load_s
             for one in self.measurements
             if one.load_s and one.setting == self.measurements[0].setting
         ]
-        return float(np.median(nearest)) if nearest else 0.0
+        if nearest:
+            return float(np.median(nearest))
+        return roofline.load_s(self._size) if self._size is not None else 0.0
 
     def expected_output_tokens(self, workload: Workload) -> float:
         return sum(group.num_requests * self._mean_output(group) for group in workload.groups)

@@ -51,6 +51,10 @@ FLOPS_REACHED = 0.5
 #: Work beside the device: launching a step, sampling a token, taking in a request.
 HOST_STEP_S, HOST_TOKEN_S, HOST_REQUEST_S = 3e-3, 2e-5, 5e-4
 
+#: Until an engine's libraries are imported and it is set up, and how fast weights come off a disk.
+#: On 2 CPU cores a tiny model took 16 to 20 s; the usage guide's, of 8.6 GB on a GPU, 26 s.
+START_S, WEIGHT_BYTES_PER_S = 18.0, 1e9
+
 #: A 4B model on a card of the middle: only the proportions between them matter.
 TYPICAL = Coefficients(
     step=1.5e-2, running=1.2e-4, prefill=9e-5, context=2e-7, attended=4e-9, started=5e-4
@@ -78,6 +82,11 @@ def coefficients(size: ModelSize, device: Device) -> Coefficients:
         attended=4.0 * size.kv_bytes_per_token / flops,
         started=HOST_REQUEST_S,
     )
+
+
+def load_s(size: ModelSize) -> float:
+    """Seconds until a model of this size answers, roughly."""
+    return START_S + size.weight_bytes / WEIGHT_BYTES_PER_S
 
 
 def kv_cache_tokens(size: ModelSize, device: Device, utilization: float = 0.9) -> int | None:

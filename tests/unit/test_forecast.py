@@ -174,6 +174,10 @@ def test_a_roofline_where_nothing_was_measured() -> None:
     assert found[0].basis == ()
     assert 2 < found[1].run_s / found[0].run_s < 15
     assert found[0].high_s / found[0].low_s > 3
+    assert found[0].load_s == pytest.approx(26, rel=0.2)
+    loaded = Forecaster(HERE, [], size=size, device=fast).forecast(asked(), loads_model=False)
+    assert loaded is not None
+    assert loaded.load_s == 0
     # A measurement goes before what the data sheet says.
     both = Forecaster(HERE, [measured()], size=size, device=fast).forecast(asked(500))
     assert both is not None
