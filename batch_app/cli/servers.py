@@ -16,6 +16,7 @@ from batch_app.cli.options import (
     NoAuth,
     Port,
 )
+from batch_app.cli.terminal import say
 
 #: Under which `--help` lists what runs or keeps a site.
 SECTION = "On the server's machine"
@@ -103,6 +104,8 @@ def up(
         log_format=_log_format(log_format, as_json),
     )
     check_address(settings)
+    if settings.log_format == "text":
+        say("Starting the API server and the worker …")
     given = {
         "--host": host,
         "--port": port,
