@@ -77,7 +77,7 @@ class OpenAIEngine(Engine):
         self._done: list[Outcome] = []
         self._failure: EngineUnavailable | None = None
         self._held_until = 0.0
-        self._worked_at = 0.0  # when an answer last showed that the server works
+        self._worked_at = 0.0  # when the newest request was sent that showed that the server works
         self._looked_at = 0.0  # when a look at the server last began that found all well
         self._trouble_since: float | None = None
         self._trouble = ""
@@ -285,7 +285,7 @@ class OpenAIEngine(Engine):
             self._unproven.append((pending, Outcome(pending.number, answer.status, answer.body)))
             self._prove()
         else:
-            self._works(now)
+            self._works(sent_at)
             outcome = self._outcome(pending.number, answer)
             tokens = outcome.prompt_tokens + outcome.completion_tokens
             if answer.status == 200:
@@ -344,8 +344,9 @@ class OpenAIEngine(Engine):
 
     # -- does the server work? -----------------------------------------------------------------
 
-    def _works(self, now: float) -> None:
-        self._worked_at, self._trouble_since = now, None
+    def _works(self, sent_at: float) -> None:
+        # What was sent before may be answered still while nothing new is: it shows nothing of now.
+        self._worked_at, self._trouble_since = max(self._worked_at, sent_at), None
 
     def _note_trouble(self, now: float, what: str) -> None:
         self._trouble = what
@@ -397,7 +398,7 @@ class OpenAIEngine(Engine):
         except EngineUnavailable as error:
             self._failure = error
         else:
-            self._works(time.monotonic())
+            self._works(began)
             self._looked_at = began
             known = [entry for entry in asked if entry in self._unproven]  # else: cancelled
             self._unproven = [entry for entry in self._unproven if entry not in known]

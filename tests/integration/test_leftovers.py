@@ -13,6 +13,7 @@ import pytest
 
 from batch_app import database
 from batch_app.core import Batch, utc_now
+from batch_app.database.sqlite import BUSY_TIMEOUT_S
 from batch_app.files import IncomingFolder
 from batch_app.housekeeping import Housekeeping
 from batch_app.incoming import Incoming
@@ -239,5 +240,5 @@ def test_looking_for_old_keys_waits_for_no_writer(world: World) -> None:
     with writing as connection, connection.begin():
         started = time.monotonic()
         assert world.store.forget_keys(world.now) == 0
-        assert time.monotonic() - started < database.BUSY_TIMEOUT_S / 2
+        assert time.monotonic() - started < BUSY_TIMEOUT_S / 2
     engine.dispose()

@@ -82,7 +82,7 @@ def test_a_batch_waits_for_its_server_and_nobody_else_does(
     for path in site.settings.data_dir.parent.rglob("*"):
         if path.is_file():
             assert KEY.encode() not in path.read_bytes(), path
-    assert "say number" not in (site.data.engine_log_dir / "engine.log").read_text()
+    assert "say number" not in site.data.engine_log.read_text()
     assert "127.0.0.1" not in orjson.dumps(done.provenance).decode()
     assert "127.0.0.1" not in site.log(waits)
 
