@@ -270,6 +270,31 @@ def test_a_server_that_fails_everything_fails_no_request(
             engine.collect(0.1)
 
 
+def test_an_answer_to_what_was_sent_before_is_no_sign_that_a_server_works(
+    server: ModelServerStub,
+) -> None:
+    """As when a server goes down: what it has begun it still answers."""
+    may_answer, num_failed = asyncio.Event(), 0
+
+    async def fault(request: Request) -> Response | None:
+        nonlocal num_failed
+        if b"early" in await request.body():
+            await may_answer.wait()
+            return None
+        num_failed += 1
+        if num_failed == 3:  # the last attempt of the other one
+            may_answer.set()
+            await asyncio.sleep(0.5)
+        return error(500)
+
+    server.fault = fault
+    with loaded(server, max_retries=2) as engine:
+        engine.submit([chat(1, content="early")])
+        assert engine.collect(0.2) == []
+        engine.submit([chat(2)])
+        assert "answers 500" in until_given_up(engine, [1, 2]).message
+
+
 def test_a_server_that_refuses_everything_is_given_up_after_a_while(
     server: ModelServerStub,
 ) -> None:
