@@ -148,6 +148,13 @@ class Settings(BaseSettings):
     max_requests_per_batch: int = Field(
         0, ge=0, description="Most requests in one batch; 0 means no limit."
     )
+    check_processes: int = Field(
+        0,
+        ge=0,
+        description="Most processes that check the lines of large uploads, for all of them "
+        "together, each file up to 4; 0: one for each core. With 1, the API server's own threads "
+        "do.",
+    )
     max_line_errors: int = Field(
         100, gt=0, description="How many line errors a refused file reports; the rest are counted."
     )

@@ -22,6 +22,7 @@ from typing import BinaryIO, Generic, TypeVar
 import anyio
 from anyio import CancelScope, CapacityLimiter
 
+from batch_app.checkers import CheckerPlaces
 from batch_app.config import MIB, Settings
 from batch_app.core import Batch, utc_now
 from batch_app.errors import BadRequest, StorageFull, TooLarge, TooMany, UnsupportedMedia
@@ -43,7 +44,7 @@ ROOM_CHECK_BYTES = 64 * MIB
 class UploadServices:
     """What an upload needs of the server, and who sends it.
 
-    `clock`, `limiter` and `under_way` are shared by all uploads. `appraise` tells from the index in
+    `clock`, `limiter`, `under_way` and `checker_places` are shared by all uploads. `appraise` tells from the index in
     its work folder what a batch asks for; `queued` is called when there is a new one.
     """
 
@@ -57,6 +58,7 @@ class UploadServices:
     under_way: Counter[str | None] = field(default_factory=Counter)
     appraise: Callable[[Batch], Sequence[object] | None] = lambda _: None
     queued: Callable[[], None] = lambda: None
+    checker_places: CheckerPlaces | None = None
 
 
 T = TypeVar("T")

@@ -101,6 +101,24 @@ class LineCheck:
         self._streams: list[bytes] = []
         self._id_hashes: list[int] = []
 
+    def begin_at(self, offset: int) -> None:
+        """What is fed next lies there in the file, and begins a line, which is counted as the
+        first."""
+        self._partial.clear()
+        self._skipping = False
+        self._offset = offset
+        self._line = 1
+
+    @property
+    def num_lines(self) -> int:
+        """Lines that have ended so far, good or bad or blank."""
+        return self._line - 1
+
+    @property
+    def is_other_text(self) -> bool:
+        """The file can't be read at all; an error said so."""
+        return self._is_other_text
+
     def feed(self, chunk: bytes) -> None:
         """The next bytes of the file. Raises what the callbacks raise."""
         for start in range(0, len(chunk), PIECE_BYTES):
@@ -155,7 +173,7 @@ class LineCheck:
             )
             return
         self._offset = offset + len(raw) + 1
-        if line == 1:
+        if offset == 0:
             if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 self._is_other_text = True
                 self._on_error(

@@ -63,7 +63,10 @@ class BatchUpload(Incoming[Batch]):
         super()._begin_file(fields)
         if "model" in fields:
             with no_room_is_storage_full("receiving the upload"):
-                self._intake = Intake(self._folder, self._rules(self._require_model()))
+                rules = self._rules(self._require_model())
+                self._intake = Intake(
+                    self._path, self._folder, rules, self.services.checker_places
+                )
         self._wanted_webhook(fields)  # refused before the file is here, where that is possible
 
     def _take(self, piece: bytes) -> None:
@@ -71,7 +74,7 @@ class BatchUpload(Incoming[Batch]):
         if self._key is not None:
             self._fingerprint.take(piece)
         if self._intake is not None:
-            self._intake.feed(piece)
+            self._intake.grown(self._size_bytes)
 
     def _require_model(self) -> ModelEntry:
         if self._model is None:
@@ -130,8 +133,9 @@ class BatchUpload(Incoming[Batch]):
 
     def _check_lines(self, model: ModelEntry) -> IntakeSummary:
         if self._intake is not None:
-            return self._intake.finish(self._path)
-        return index_file(self._path, self._folder, self._rules(model))
+            return self._intake.finish()
+        places = self.services.checker_places
+        return index_file(self._path, self._folder, self._rules(model), places=places)
 
     def _queue(
         self, model: ModelEntry, summary: IntakeSummary, idempotency: Idempotency | None

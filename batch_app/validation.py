@@ -14,6 +14,7 @@ from datetime import datetime, timedelta
 
 from batch_app import tracing
 from batch_app.batch_log import BatchLog
+from batch_app.checkers import CheckerPlaces
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, LineError, utc_now
 from batch_app.errors import (
@@ -68,6 +69,7 @@ class Validation:
     stopping: Callable[[], bool] = lambda: False
     appraise: Callable[[Batch], Sequence[object] | None] = lambda _: None
     queued: Callable[[], None] = lambda: None
+    checker_places: CheckerPlaces | None = None
 
     def run_once(self) -> bool:
         """Check one batch, if one waits for it. Returns whether one did.
@@ -126,6 +128,7 @@ class Validation:
                 folder,
                 intake_rules(batch, self.settings, self.registry),
                 on_read=self._keeper_of(batch),
+                places=self.checker_places,
             )
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)

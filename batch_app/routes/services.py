@@ -20,6 +20,7 @@ from batch_app.audit import AuditLog
 from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.clock import DueClock
+from batch_app.checkers import CheckerPlaces
 from batch_app.config import Settings
 from batch_app.core import Batch, utc_now
 from batch_app.dry_run import DryRuns
@@ -97,7 +98,12 @@ class Services:
             self._uploads_under_way,
             self.appraisal.quick,
             self.counting.wake,
+            self.checker_places,
         )
+
+    @cached_property
+    def checker_places(self) -> CheckerPlaces:
+        return CheckerPlaces(self.settings.check_processes or os.cpu_count() or 1)
 
     @cached_property
     def retention(self) -> Retention:
@@ -130,6 +136,7 @@ class Services:
             self.stopping.is_set,
             self.appraisal.quick,
             self.counting.wake,
+            self.checker_places,
         )
         return BackgroundThread("validation", work.run_once, VALIDATION_EVERY_S)
 

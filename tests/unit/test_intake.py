@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +45,11 @@ def take(content: bytes, cuts: list[int], rules: IntakeRules = RULES) -> Outcome
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "input.jsonl"
         path.write_bytes(content)
-        intake = Intake(Path(folder), rules)
+        intake = Intake(path, Path(folder), rules)
         try:
-            places = [0, *sorted(cut % (len(content) + 1) for cut in cuts), len(content)]
-            for start, end in pairwise(places):
-                intake.feed(content[start:end])
-            summary = intake.finish(path)
+            for end in sorted(cut % (len(content) + 1) for cut in cuts):
+                intake.grown(end)
+            summary = intake.finish()
         except BadLines as error:
             return error.errors, error.num_errors
         finally:
@@ -200,12 +198,14 @@ def test_longest_line(tmp_path: Path) -> None:
 
 
 def test_full_disk_while_indexing(tmp_path: Path) -> None:
-    intake = Intake(tmp_path, RULES)
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(lines(20_000))
+    intake = Intake(path, tmp_path, RULES)
     intake._index._file.close()
     with Path("/dev/full").open("wb", buffering=0) as full:
         intake._index._file = full
         with pytest.raises(StorageFull):
-            intake.feed(lines(20_000))
+            intake.grown(path.stat().st_size)
     intake.close()
 
 
