@@ -143,7 +143,6 @@ class Checkers:
         """End the processes."""
         for child in self._children:
             child.kill()
-        for child in self._children:
             self._blocks.put(None)
         for child in self._children:
             child.join()
@@ -255,7 +254,8 @@ class _Child:
 
     def _work(self) -> None:
         asked, answers = self._process.stdin, self._process.stdout
-        assert asked is not None and answers is not None
+        assert asked is not None
+        assert answers is not None
         is_first = True
         while (block := self._blocks.get()) is not None:
             try:

@@ -44,8 +44,9 @@ ROOM_CHECK_BYTES = 64 * MIB
 class UploadServices:
     """What an upload needs of the server, and who sends it.
 
-    `clock`, `limiter`, `under_way` and `checker_places` are shared by all uploads. `appraise` tells from the index in
-    its work folder what a batch asks for; `queued` is called when there is a new one.
+    `clock`, `limiter`, `under_way` and `checker_places` are shared by all uploads. `appraise` tells
+    from the index in its work folder what a batch asks for; `queued` is called when there is a new
+    one.
     """
 
     settings: Settings

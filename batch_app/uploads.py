@@ -64,9 +64,7 @@ class BatchUpload(Incoming[Batch]):
         if "model" in fields:
             with no_room_is_storage_full("receiving the upload"):
                 rules = self._rules(self._require_model())
-                self._intake = Intake(
-                    self._path, self._folder, rules, self.services.checker_places
-                )
+                self._intake = Intake(self._path, self._folder, rules, self.services.checker_places)
         self._wanted_webhook(fields)  # refused before the file is here, where that is possible
 
     def _take(self, piece: bytes) -> None:

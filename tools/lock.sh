@@ -32,7 +32,7 @@ linux="(platform_machine == 'aarch64' and sys_platform == 'linux') or (platform_
 compile() {  # compile OUTPUT ARGUMENT... : resolve, preferring the versions that OUTPUT holds
     local output=$1; shift
     "$uv" pip compile --quiet --universal --python-version 3.11 --no-header \
-        --extra test --extra lint --extra bench --extra postgres --extra tables --extra tracing pyproject.toml -o "$output" "$@" >/dev/null
+        --extra test --extra lint --extra bench --extra objects --extra postgres --extra ray --extra tables --extra tracing pyproject.toml -o "$output" "$@" >/dev/null
     sed -i -E -e "s/ ; python_full_version < '3.15' and \($(sed 's/[()]/\\&/g' <<<"$linux")\)$//" \
         -e "s/ ; python_full_version < '3.15' and / ; /" \
         -e "/ ; .*[Pp]y[Pp]y/ s/ ; .*//" \

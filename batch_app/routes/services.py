@@ -19,8 +19,8 @@ from batch_app.appraisal import Appraisal
 from batch_app.audit import AuditLog
 from batch_app.background import BackgroundThread
 from batch_app.benchmarks import BenchmarkFolder
-from batch_app.clock import DueClock
 from batch_app.checkers import CheckerPlaces
+from batch_app.clock import DueClock
 from batch_app.config import Settings
 from batch_app.core import Batch, utc_now
 from batch_app.dry_run import DryRuns

@@ -1,4 +1,4 @@
-"""A file checked by several processes has the same index, and the same errors, as one that isn't."""
+"""A file checked by several processes has the same index and errors as one that isn't."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ BOM = codecs.BOM_UTF8
         pytest.param(BOM + b"\r\n\r\n".join(GOOD) + b"\r\n", id="forgiven"),
         pytest.param(b"\n".join(GOOD * 2), id="each id twice"),
         pytest.param(
-            b"\n".join(GOOD[:90] + [b"{"] + GOOD[90:200] + [b"x" * 90_000] + GOOD[200:] + [b"[]"]),
+            b"\n".join([*GOOD[:90], b"{", *GOOD[90:200], b"x" * 90000, *GOOD[200:], b"[]"]),
             id="some bad",
         ),
         pytest.param(b"\n".join([line(7, "three")] * 300), id="more errors than are told"),
