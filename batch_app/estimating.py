@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from batch_app.config import Settings
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 #: Of the queue; what stands behind so many isn't looked at.
 MOST_BATCHES = 1_000
-#: A worker that hasn't reported for so many heartbeats is gone.
-MISSED_HEARTBEATS = 4
 #: The id of a batch that isn't there yet.
 NEW = "new"
 
@@ -138,8 +136,8 @@ class Estimating:
             return None
 
     def _num_workers(self, now: datetime) -> int:
-        oldest = now - timedelta(seconds=MISSED_HEARTBEATS * self.settings.heartbeat_s)
-        return sum(worker.heartbeat_at >= oldest for worker in self.store.list_workers())
+        workers = self.store.list_workers()
+        return sum(worker.is_alive(now, self.settings.heartbeat_s) for worker in workers)
 
     def _loaded(self) -> list[str]:
         """The models that idle workers hold."""

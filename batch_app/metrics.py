@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector
 from prometheus_client.core import (
@@ -23,13 +23,11 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from batch_app import __version__
-from batch_app.store import ModelLoads, Totals, WorkerRow
+from batch_app.store import MISSED_HEARTBEATS, ModelLoads, Totals, WorkerRow
 from batch_app.webhooks import DeliveryState
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 PREFIX = "vllm_batch_"
-#: A worker that has missed so many signs of life is not counted as alive.
-MISSED_HEARTBEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +42,7 @@ class Reading:
     deliveries: Mapping[DeliveryState, int] = field(default_factory=dict)
 
     def is_alive(self, worker: WorkerRow) -> bool:
-        silent = timedelta(seconds=MISSED_HEARTBEATS * self.heartbeat_s)
-        return self.now - worker.heartbeat_at <= silent
+        return worker.is_alive(self.now, self.heartbeat_s)
 
 
 def exposition(reading: Reading) -> bytes:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from itertools import pairwise
 
 from batch_app.core import Batch, BatchStatus, Sample, Waiting
@@ -28,8 +28,6 @@ LABELS: Mapping[BatchStatus, str] = {
     BatchStatus.EXPIRED: "Expired",
     BatchStatus.CANCELLED: "Cancelled",
 }
-#: A worker that has missed so many signs of life is not counted as alive.
-MISSED_HEARTBEATS = 3
 #: Seconds over which the present speed is averaged.
 SPEED_OVER_S = 15.0
 NO_WORKER = "No worker is running. Start one: ./start_worker.sh"
@@ -43,8 +41,7 @@ class Crew:
 
     @classmethod
     def of(cls, workers: Sequence[WorkerRow], heartbeat_s: float, now: datetime) -> Crew:
-        silent = timedelta(seconds=MISSED_HEARTBEATS * heartbeat_s)
-        return cls(tuple(worker for worker in workers if now - worker.heartbeat_at <= silent))
+        return cls(tuple(worker for worker in workers if worker.is_alive(now, heartbeat_s)))
 
     @property
     def models(self) -> tuple[str, ...]:

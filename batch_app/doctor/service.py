@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 
 import httpx
 import psutil
@@ -13,7 +13,6 @@ from batch_app.config import Settings
 from batch_app.core import BatchStatus
 from batch_app.doctor.finding import Finding, fail, ok, warn
 from batch_app.doctor.storage import has_database
-from batch_app.metrics import MISSED_HEARTBEATS
 from batch_app.routes.middleware import is_loopback
 from batch_app.store import LEASED, Store, WorkerRow
 
@@ -140,8 +139,7 @@ def _worker(settings: Settings, now: datetime) -> Iterator[Finding]:
     except Exception:  # noqa: BLE001 - the database's finding says it
         return
     num_waiting = sum(counts.get(status, 0) for status in _WAIT)
-    silent = timedelta(seconds=MISSED_HEARTBEATS * settings.heartbeat_s)
-    alive = [worker for worker in workers if now - worker.heartbeat_at <= silent]
+    alive = [worker for worker in workers if worker.is_alive(now, settings.heartbeat_s)]
     for worker in alive:
         yield _told(worker, settings)
     if alive:

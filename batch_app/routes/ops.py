@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from datetime import timedelta
 from types import MappingProxyType
 
 from fastapi import APIRouter, Request
@@ -14,7 +13,7 @@ from starlette.responses import Response
 from batch_app import __version__
 from batch_app.core import BatchStatus
 from batch_app.errors import StorageFull, StoreUnavailable
-from batch_app.metrics import CONTENT_TYPE, MISSED_HEARTBEATS, Reading, exposition
+from batch_app.metrics import CONTENT_TYPE, Reading, exposition
 from batch_app.routes.answers import refusals
 from batch_app.routes.services import Services, services
 from batch_app.store import LEASED
@@ -90,8 +89,7 @@ def _work_checks(own: Services) -> dict[str, str]:
     except (StoreUnavailable, StorageFull):
         return dict.fromkeys(checks, "unknown: the database does not answer")
     now = own.clock()
-    silent = timedelta(seconds=MISSED_HEARTBEATS * own.settings.heartbeat_s)
-    alive = [worker for worker in workers if now - worker.heartbeat_at <= silent]
+    alive = [worker for worker in workers if worker.is_alive(now, own.settings.heartbeat_s)]
     if not alive and workers:
         last = max(worker.heartbeat_at for worker in workers)
         checks["worker"] = (

@@ -17,9 +17,17 @@ from batch_app.store.samples import SampleStore
 from batch_app.store.sessions import SessionStore
 from batch_app.store.totals import ModelLoads, Totals, TotalsStore
 from batch_app.store.webhooks import WebhookStore
-from batch_app.store.workers import WorkerRow, WorkerStore
+from batch_app.store.workers import MISSED_HEARTBEATS, WorkerRow, WorkerStore
 
-__all__ = ["LEASED", "ModelLoads", "Store", "Totals", "WorkerRow", "require_pending"]
+__all__ = [
+    "LEASED",
+    "MISSED_HEARTBEATS",
+    "ModelLoads",
+    "Store",
+    "Totals",
+    "WorkerRow",
+    "require_pending",
+]
 
 
 class Store(

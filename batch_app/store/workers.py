@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import insert, select, update
 
 from batch_app.database import workers
 from batch_app.store.transactions import Transactions
+
+#: A worker that has missed so many signs of life is not counted as alive. For what is shown and
+#: estimated only: its batch goes to another one when the lease runs out.
+MISSED_HEARTBEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,10 @@ class WorkerRow:
     model: str | None
     batch_id: str | None
     engine: Mapping[str, float] | None = None
+
+    def is_alive(self, now: datetime, heartbeat_s: float) -> bool:
+        """`heartbeat_s`: seconds between a worker's signs of life."""
+        return now - self.heartbeat_at <= timedelta(seconds=MISSED_HEARTBEATS * heartbeat_s)
 
 
 class WorkerStore(Transactions):
