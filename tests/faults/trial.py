@@ -348,7 +348,7 @@ class Trial:
             wait_for(
                 lambda batch=batch: self.site.batch(batch.id).is_terminal,
                 timeout_s=PATIENCE_S,
-                what=f"{batch.id} ends; its log:\n{self.site.log(batch.id)}",
+                what=lambda batch=batch: f"{batch.id} ends; its log:\n{self.site.log(batch.id)}",
             )
         for process in (worker, server):
             process.terminate()

@@ -173,7 +173,7 @@ def test_while_it_runs_its_worker_says_what_is_left(site: Site) -> None:
             assert batch.outlook["low_s"] <= batch.outlook["remaining_s"] <= batch.outlook["high_s"]
         return batch.is_terminal
 
-    wait_for(look, timeout_s=120, what=f"the batch ends\n{site.worker_output()}")
+    wait_for(look, timeout_s=120, what=lambda: f"the batch ends\n{site.worker_output()}")
 
     # 1,600 answers of 3 tokens, 16 at a time, 20 ms a token: 6 s, or more on a busy machine. How
     # good such a forecast is, unit/test_live_forecast.py tells, whose clock is its own.

@@ -92,7 +92,7 @@ def test_a_full_disk_pauses_the_batch_until_there_is_room(
     site.wait_for_progress(batch_id, 100)
     ballast = fill(small_disk)
     site.hold.unlink()
-    wait_for(paused_for(url, batch_id, "No space left"), what=site.log(batch_id))
+    wait_for(paused_for(url, batch_id, "No space left"), what=lambda: site.log(batch_id))
     assert site.batch(batch_id).status is BatchStatus.RUNNING
     ballast.unlink()
     batch = site.wait_until_done(batch_id, timeout_s=120)
@@ -143,7 +143,7 @@ def test_a_worker_that_can_t_write_says_why(site: Site, call: str, number: int, 
     url = site.start_server()
     failing = {"call": call, "at": 5, "for_good": True, "errno": number}
     worker = site.start_worker(FAIL=json.dumps(failing))
-    wait_for(paused_for(url, batch_id, said), what=f"paused\n{site.log(batch_id)}")
+    wait_for(paused_for(url, batch_id, said), what=lambda: f"paused\n{site.log(batch_id)}")
     assert worker.poll() is None
     done = site.batch(batch_id).progress.done
     kill_tree(worker.pid)

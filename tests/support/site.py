@@ -181,7 +181,7 @@ class Site:
         wait_for(
             lambda: self.batch(batch_id).is_terminal,
             timeout_s=timeout_s,
-            what=f"{batch_id} ends; its log:\n{self.log(batch_id)}\n{self.worker_output()}",
+            what=lambda: f"{batch_id} ends; its log:\n{self.log(batch_id)}\n{self.worker_output()}",
         )
         return self.batch(batch_id)
 
