@@ -148,7 +148,8 @@ class Outbox:
         status_code = None if answer is None else answer.status_code
         disables = status_code == httpx.codes.GONE
         again_in_s = None
-        if not disables and delivery.attempts < self._settings.webhook_attempts:
+        attempts = 1 if delivery.is_test else self._settings.webhook_attempts
+        if not disables and delivery.attempts < attempts:
             again_in_s = backoff_s(delivery.attempts, self._settings.webhook_backoff_s)
             if answer is not None and status_code in _BUSY:
                 again_in_s = max(again_in_s, self._retry_after_s(answer))

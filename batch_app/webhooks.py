@@ -29,6 +29,9 @@ BACKOFF_FACTOR = 3.0
 MAX_BACKOFF_S = 12 * 3600.0
 JITTER = 0.25
 
+#: The batch that a test event speaks of; there is none with this id.
+TEST_BATCH_ID = f"batch_{'0' * 24}"
+
 
 def event_type(status: BatchStatus) -> str:
     """What the end of a batch in this state is called."""
@@ -85,6 +88,10 @@ class WebhookDelivery:
     owner: str | None = None
     epoch: int = 0
 
+    @property
+    def is_test(self) -> bool:
+        return self.batch_id == TEST_BATCH_ID
+
 
 def new_webhook_id() -> str:
     return f"webhook_{secrets.token_hex(12)}"
@@ -108,16 +115,22 @@ def is_secret(text: str) -> bool:
 
 
 def event_body(delivery: WebhookDelivery) -> bytes:
-    """The JSON that is sent: which batch has ended and how, and nothing of what is in it."""
-    return orjson.dumps(
-        {
-            "id": delivery.id,
-            "object": "event",
-            "type": delivery.type,
-            "created_at": int(delivery.created_at.timestamp()),
-            "data": {"id": delivery.batch_id},
-        }
-    )
+    """The JSON that is sent: which batch has ended and how, and nothing of what is in it. A test
+    event says that it is one."""
+    body = {
+        "id": delivery.id,
+        "object": "event",
+        "type": delivery.type,
+        "created_at": int(delivery.created_at.timestamp()),
+        "data": {"id": delivery.batch_id},
+    }
+    return orjson.dumps(body | {"test": True} if delivery.is_test else body)
+
+
+def event_of_test(webhook: Webhook) -> str:
+    """Of the events that a webhook is for, the one that it is tried with."""
+    usual = event_type(BatchStatus.COMPLETED)
+    return usual if usual in webhook.events else webhook.events[0]
 
 
 def signed_headers(secret: str, event_id: str, body: bytes, now: datetime) -> dict[str, str]:

@@ -137,6 +137,21 @@ def list_deliveries(
 
 
 @router.post(
+    "/v1/webhooks/{webhook_id}/test", response_model=DeliveryBody, responses=refusals(400, 404, 503)
+)
+def test_webhook(request: Request, webhook_id: str) -> Response:
+    """Send an event that says `"test": true`, of a batch that doesn't exist; its delivery says what
+    came of it. It is tried once, and takes the place of the last one. A webhook that was disabled
+    is enabled again."""
+    own = services(request)
+    event = own.store.test_webhook(
+        _checked_webhook_id(webhook_id), own.clock(), seen_by=caller(request)
+    )
+    own.sending.wake()
+    return json_answer(delivery_body(event))
+
+
+@router.post(
     "/v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay",
     response_model=DeliveryBody,
     responses=refusals(400, 404, 503),

@@ -24,9 +24,11 @@ from batch_app.store.lease_watch import Lease, LeaseWatch
 from batch_app.store.transactions import Transactions
 from batch_app.store.visibility import visible
 from batch_app.webhooks import (
+    TEST_BATCH_ID,
     DeliveryState,
     Webhook,
     WebhookDelivery,
+    event_of_test,
     event_type,
     new_event_id,
 )
@@ -156,12 +158,7 @@ class WebhookStore(Transactions):
             row = connection.execute(query).first()
             if row is None:
                 raise NotFound(f"No such delivery: {delivery_id}", param="delivery_id")
-            if webhook.disabled_at is not None:
-                connection.execute(
-                    update(webhooks)
-                    .where(webhooks.c.id == webhook_id)
-                    .values(disabled_at=None, disabled_reason=None)
-                )
+            _enable(connection, webhook)
             if row.lease_owner is None:
                 connection.execute(
                     update(webhook_deliveries)
@@ -175,6 +172,25 @@ class WebhookStore(Transactions):
                         epoch=columns.epoch + 1,
                     )
                 )
+            return _to_delivery(connection.execute(query).one())
+
+    def test_webhook(
+        self, webhook_id: str, now: datetime, *, seen_by: Caller = EVERYBODY
+    ) -> WebhookDelivery:
+        """Have a test event sent, in place of the one before, so that there is one at most. Also to
+        a webhook that was disabled, which isn't any more. Raises NotFound."""
+        columns = webhook_deliveries.c
+        with self._write() as connection:
+            webhook = _get_webhook(connection, webhook_id, seen_by, for_update=True)
+            _enable(connection, webhook)
+            connection.execute(
+                delete(webhook_deliveries)
+                .where(columns.webhook_id == webhook_id)
+                .where(columns.batch_id == TEST_BATCH_ID)
+            )
+            event = _event(webhook, TEST_BATCH_ID, event_of_test(webhook), now)
+            connection.execute(insert(webhook_deliveries), [event])
+            query = select(webhook_deliveries).where(columns.id == event["id"])
             return _to_delivery(connection.execute(query).one())
 
     # -- the outbox ----------------------------------------------------------------------------
@@ -356,21 +372,35 @@ def announce(connection: Connection, batch: Batch, now: datetime) -> None:
         .with_for_update(read=True, key_share=True)  # or it might be deleted meanwhile
     )
     rows = [
-        {
-            "id": new_event_id(),
-            "webhook_id": webhook.id,
-            "batch_id": batch.id,
-            "type": kind,
-            "created_at": now,
-            "state": DeliveryState.PENDING.value,
-            "next_attempt_at": now,
-            "owner": webhook.owner,
-        }
+        _event(webhook, batch.id, kind, now)
         for webhook in map(_to_webhook, connection.execute(query))
         if kind in webhook.events
     ]
     if rows:
         connection.execute(insert(webhook_deliveries), rows)
+
+
+def _event(webhook: Webhook, batch_id: str, kind: str, now: datetime) -> dict[str, Any]:
+    """A row of the outbox, to be sent at once."""
+    return {
+        "id": new_event_id(),
+        "webhook_id": webhook.id,
+        "batch_id": batch_id,
+        "type": kind,
+        "created_at": now,
+        "state": DeliveryState.PENDING.value,
+        "next_attempt_at": now,
+        "owner": webhook.owner,
+    }
+
+
+def _enable(connection: Connection, webhook: Webhook) -> None:
+    if webhook.disabled_at is not None:
+        connection.execute(
+            update(webhooks)
+            .where(webhooks.c.id == webhook.id)
+            .values(disabled_at=None, disabled_reason=None)
+        )
 
 
 def _settle(connection: Connection, delivery: WebhookDelivery, **values: Any) -> None:

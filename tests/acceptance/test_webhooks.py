@@ -109,6 +109,11 @@ def test_a_webhook_of_ones_own_hears_of_every_batch(working: Running, receiver: 
         ).json()
         try:
             assert http.get(f"/v1/webhooks/{made['id']}").json() == made | {"secret": None}
+            tested = http.post(f"/v1/webhooks/{made['id']}/test").json()
+            (call,) = receiver.wait_for_calls(1)
+            assert unwrapped(call, made["secret"]) == ("batch.completed", tested["batch_id"])
+            assert http.get(f"/v1/batches/{tested['batch_id']}").status_code == 404
+            receiver.calls.clear()
             ids = set()
             for _ in range(2):
                 form = {"model": "sim"}

@@ -275,6 +275,40 @@ def test_410_disables_until_a_replay(post: Post, receiver: Receiver) -> None:
     assert post.store.get_webhook(webhook.id).disabled_at is None
 
 
+def test_a_test_is_sent_once_and_takes_the_place_of_the_last(
+    post: Post, receiver: Receiver
+) -> None:
+    receiver.answers = [410, 500, 200]
+    webhook = post.webhook(receiver.url, events=["batch.failed"])
+    for number, state in enumerate(("failed", "failed", "delivered"), 1):
+        event = post.store.test_webhook(webhook.id, post.clock())
+        assert (event.state, event.type) == (DeliveryState.PENDING, "batch.failed")
+        assert post.store.get_webhook(webhook.id).disabled_at is None
+        for _ in range(3):
+            post.send_all()
+            post.pass_time(100_000)
+        assert len(receiver.calls) == number
+        assert post.delivery(webhook).id == event.id, "one at most is there"
+        assert post.delivery(webhook).state == state
+        call = receiver.calls[-1]
+        body = json.loads(call.body)
+        assert (body["test"], body["type"]) == (True, "batch.failed")
+        unwrap = OpenAI(api_key="none").webhooks.unwrap
+        assert unwrap(call.body, call.headers, secret=webhook.secret).id == event.id
+
+
+def test_a_test_leaves_the_other_events_alone(post: Post, receiver: Receiver) -> None:
+    webhook, other = post.webhook(receiver.url), post.webhook(receiver.url)
+    batch = post.ended()
+    post.store.test_webhook(other.id, post.clock())
+    post.store.test_webhook(webhook.id, post.clock())
+    deliveries, _ = post.store.list_deliveries(webhook.id, limit=9)
+    assert [delivery.is_test for delivery in deliveries] == [True, False]
+    assert deliveries[1].batch_id == batch.id
+    (_, of_test) = post.store.list_deliveries(other.id, limit=9)[0][::-1]
+    assert of_test.is_test
+
+
 def test_a_busy_host_says_when_to_come_back(post: Post, receiver: Receiver) -> None:
     receiver.answers = [503, 429, 200]
     receiver.headers = {"retry-after": "500"}

@@ -189,6 +189,7 @@ ROUTES: dict[str, Ask] = {
     "GET /v1/webhooks/{webhook_id}": Ask(Belongings.webhook),
     "DELETE /v1/webhooks/{webhook_id}": Ask(Belongings.webhook),
     "GET /v1/webhooks/{webhook_id}/deliveries": Ask(Belongings.webhook),
+    "POST /v1/webhooks/{webhook_id}/test": Ask(Belongings.webhook),
     "POST /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/replay": Ask(
         Belongings.delivery, path="/v1/webhooks/{thing}/replay"
     ),

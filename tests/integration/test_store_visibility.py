@@ -133,6 +133,7 @@ QUESTIONS: dict[str, Question] = {
     "replay_delivery": lambda store, ana, who: store.replay_delivery(
         ana.webhook.id, ana.delivery.id, NOW, seen_by=who
     ),
+    "test_webhook": lambda store, ana, who: store.test_webhook(ana.webhook.id, NOW, seen_by=who),
     "cancel_upload": lambda store, ana, who: store.cancel_upload(ana.upload.id, seen_by=who),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -12,9 +13,12 @@ from standardwebhooks import Webhook as Verifier
 from batch_app.webhooks import (
     EVENT_TYPES,
     MAX_BACKOFF_S,
+    TEST_BATCH_ID,
+    Webhook,
     WebhookDelivery,
     backoff_s,
     event_body,
+    event_of_test,
     is_secret,
     new_event_id,
     new_secret,
@@ -47,6 +51,18 @@ def test_the_body_says_which_batch_and_nothing_of_it() -> None:
         "data": {"id": "batch_1"},
     }
     assert event_body(one) == event_body(one)
+
+
+@pytest.mark.parametrize("kind", EVENT_TYPES)
+def test_a_test_event_says_that_it_is_one_and_is_unwrapped(kind: str) -> None:
+    webhook = Webhook("webhook_1", "https://example.org/", new_secret(), CREATED, events=(kind,))
+    assert event_of_test(webhook) == kind
+    one = replace(delivery(kind), batch_id=TEST_BATCH_ID)
+    body = event_body(one)
+    assert json.loads(body)["test"] is True
+    headers = signed_headers(webhook.secret, one.id, body, datetime.now(UTC))
+    event = OpenAI(api_key="none").webhooks.unwrap(body, headers, secret=webhook.secret)
+    assert (event.type, event.data.id) == (kind, TEST_BATCH_ID)
 
 
 @pytest.mark.parametrize("kind", EVENT_TYPES)
@@ -86,8 +102,6 @@ def test_secrets() -> None:
 
 
 def test_a_secret_is_not_in_what_is_printed() -> None:
-    from batch_app.webhooks import Webhook
-
     webhook = Webhook("webhook_1", "https://example.org/", "whsec_hidden", CREATED)
     assert "hidden" not in repr(webhook)
 
