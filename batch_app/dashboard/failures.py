@@ -1,24 +1,33 @@
-"""Why requests failed: grouped by error, with an example each. Reads a bounded part of them."""
+"""Why requests failed: grouped by error, with an example each.
+
+Reads a bounded part of them, and remembers what it found: open pages ask again every few seconds.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from threading import Lock
 
 import orjson
 
 from batch_app.batch_log import printable
 from batch_app.core import Batch
+from batch_app.files import DataDir
 from batch_app.results import iter_results
 from batch_app.routes.downloads import has_failed, lines_of_file
-from batch_app.routes.services import Services
 
 #: What is read at most. A batch may have millions of failures; the first ones tell why.
 MAX_FAILURES = 20_000
 MAX_BYTES = 32 << 20
 MAX_GROUPS = 20
 MAX_CHARS = 300
+#: While new ones come, the results of a batch are read again after so many seconds at the earliest.
+READ_EVERY_S = 30.0
+#: Batches that are remembered. A few kB each.
+MAX_REMEMBERED = 64
 _NUMBER = re.compile(r"\d+")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|`[^`]*`")
 
@@ -43,22 +52,66 @@ class Failures:
     is_partial: bool
 
 
-def failures_of(own: Services, batch: Batch) -> Failures:
-    """Of a batch that the caller may see. Nothing where its files are gone; blocks."""
-    if batch.progress.failed == 0 and batch.error_file_id is None:
-        return Failures((), 0, False)
-    try:
-        return grouped(_lines(own, batch))
-    except FileNotFoundError:
-        return Failures((), 0, False)
+NONE = Failures((), 0, False)
 
 
-def _lines(own: Services, batch: Batch) -> Iterator[bytes]:
-    if not batch.is_terminal:
-        return (line for line in iter_results(own.data.work_dir(batch.id)))
-    if batch.error_file_id is None:
-        return iter(())
-    return lines_of_file(own.data.output_file(batch.error_file_id))
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What was found, when, and what the batch had by then: as long as that stands, so does it."""
+
+    found: Failures
+    at: float
+    state: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class FailureReader:
+    """One per app, for all threads. A batch is read by one of them at a time."""
+
+    data: DataDir
+    clock: Callable[[], float] = time.monotonic
+    _read: dict[str, _Read] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def of(self, batch: Batch) -> Failures:
+        """Of a batch that the caller may see. Nothing where its files are gone; blocks.
+
+        Those of a batch at work may be `READ_EVERY_S` old.
+        """
+        if batch.progress.failed == 0 and batch.error_file_id is None:
+            return NONE
+        with self._lock:
+            known = self._read.pop(batch.id, None)
+            if batch.is_terminal and not self._has_file(batch):
+                return NONE
+            if known is None or not self._holds(known, batch):
+                known = _Read(self._grouped(batch), self.clock(), _state(batch))
+            self._read[batch.id] = known  # as the newest: the oldest is forgotten first
+            if len(self._read) > MAX_REMEMBERED:
+                del self._read[next(iter(self._read))]
+            return known.found
+
+    def _holds(self, known: _Read, batch: Batch) -> bool:
+        if known.state == _state(batch):
+            return True
+        return not batch.is_terminal and self.clock() < known.at + READ_EVERY_S
+
+    def _has_file(self, batch: Batch) -> bool:
+        file_id = batch.error_file_id
+        return file_id is not None and self.data.output_file(file_id).exists()
+
+    def _grouped(self, batch: Batch) -> Failures:
+        try:
+            if batch.is_terminal:
+                assert batch.error_file_id is not None
+                return grouped(lines_of_file(self.data.output_file(batch.error_file_id)))
+            return grouped(iter_results(self.data.work_dir(batch.id)))
+        except FileNotFoundError:
+            return NONE
+
+
+def _state(batch: Batch) -> tuple[object, ...]:
+    return batch.is_terminal, batch.error_file_id, batch.progress.failed
 
 
 def grouped(lines: Iterable[bytes]) -> Failures:

@@ -9,7 +9,7 @@ from batch_app.core import BatchStatus
 from batch_app.dashboard import charts
 from batch_app.dashboard.charts import Look, Theme, Width
 from batch_app.dashboard.events import device
-from batch_app.dashboard.failures import failures_of
+from batch_app.dashboard.failures import FailureReader
 from batch_app.dashboard.feed import present_crew, seen_batches
 from batch_app.dashboard.rendering import page
 from batch_app.errors import BadRequest, Forbidden
@@ -74,12 +74,19 @@ def batch_page(request: Request, batch_id: str) -> Response:
         view=seen.view,
         num_samples=seen.num_samples,
         pace=pace,
-        failures=failures_of(own, batch),
+        failures=_failure_reader(request).of(batch),
         log_lines=LOG_LINES,
         is_finished=batch.is_terminal,
         provenance=_facts(batch.provenance),
         is_paused=batch.status is not BatchStatus.QUEUED and seen.view.note.startswith("Paused"),
     )
+
+
+def _failure_reader(request: Request) -> FailureReader:
+    """The app's."""
+    found = request.app.state.failures
+    assert isinstance(found, FailureReader)
+    return found
 
 
 def _facts(provenance: object) -> list[tuple[str, str]]:

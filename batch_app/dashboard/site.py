@@ -13,6 +13,7 @@ from starlette.staticfiles import StaticFiles
 
 from batch_app.dashboard import accounts, actions, events, pages
 from batch_app.dashboard.device import Device
+from batch_app.dashboard.failures import FailureReader
 from batch_app.dashboard.feed import Feed
 from batch_app.dashboard.rendering import error_page, refusal, wants_page
 from batch_app.errors import BatchAppError
@@ -25,6 +26,7 @@ def install(app: FastAPI, services: Services) -> None:
     """After `errors.install`, whose answers stay those of programs."""
     app.state.feed = Feed(services)
     app.state.device = Device(services.data.root)
+    app.state.failures = FailureReader(services.data)
     for module in (pages, actions, accounts, events):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

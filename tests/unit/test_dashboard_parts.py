@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +17,8 @@ from batch_app.dashboard.charts import Look, Run, Theme, Width
 from batch_app.dashboard.rendering import safe_next
 from batch_app.dashboard.views import NO_WORKER, Crew, Line, batch_view, speed_now
 from batch_app.estimates import Estimate
+from batch_app.files import DataDir
+from batch_app.results import ResultsLog
 from batch_app.store import WorkerRow
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -167,6 +171,86 @@ def test_what_is_read_of_failures_is_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert next(group.code for group in found.groups) == "others"
     assert sum(group.count for group in found.groups) == 10
     assert len(found.groups) == 4
+
+
+class Reads:
+    """A reader of failures, in a folder of its own; counts how often it reads. Its clock stands."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.data = DataDir(root)
+        self.data.create()
+        self.now = 0.0
+        self.num = 0
+        self.reader = failures.FailureReader(self.data, lambda: self.now)
+        really = failures.grouped
+
+        def counted(lines: Iterable[bytes]) -> failures.Failures:
+            self.num += 1
+            return really(lines)
+
+        monkeypatch.setattr(failures, "grouped", counted)
+
+    def ended(self, number: int = 1) -> Batch:
+        self.data.output_file(f"file-{number}").write_bytes(failed_line("a", "x", "m") + b"\n")
+        return replace(
+            BATCH,
+            id=f"batch_{number}",
+            status=BatchStatus.COMPLETED,
+            error_file_id=f"file-{number}",
+            progress=Progress(99, 1),
+        )
+
+    def running(self, failed: int) -> Batch:
+        work_dir = self.data.work_dir(BATCH.id)
+        work_dir.mkdir(exist_ok=True)
+        log = ResultsLog(work_dir, 100, epoch=failed)
+        for number in range(failed):
+            log.append(number, 400, TokenCounts(), failed_line(f"r{number}", "x", "m"))
+        log.commit()
+        log.close()
+        return replace(BATCH, progress=Progress(0, failed))
+
+
+@pytest.fixture
+def reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
+    return Reads(tmp_path, monkeypatch)
+
+
+def test_failures_of_an_ended_batch_are_read_once_and_go_with_its_file(reads: Reads) -> None:
+    batch = reads.ended()
+    for _ in range(3):
+        assert [group.custom_id for group in reads.reader.of(batch).groups] == ["a"]
+        reads.now += 10_000
+    assert reads.num == 1
+    reads.data.output_file("file-1").unlink()
+    assert reads.reader.of(batch) == failures.NONE
+    assert reads.reader._read == {}
+
+
+def test_failures_of_a_running_batch_are_read_again_when_there_are_more(reads: Reads) -> None:
+    assert reads.reader.of(BATCH) == failures.NONE
+    assert reads.reader.of(reads.running(2)).num_read == 2
+    reads.now += failures.READ_EVERY_S + 1
+    reads.reader.of(reads.running(2))
+    assert reads.num == 1, "no new ones"
+    reads.reader.of(reads.running(3))
+    assert reads.num == 2
+    assert reads.reader.of(reads.running(5)).num_read == 3, "not yet again"
+    assert reads.num == 2
+    reads.now += failures.READ_EVERY_S
+    assert reads.reader.of(reads.running(5)).num_read == 5
+
+
+def test_of_many_batches_the_oldest_is_forgotten(
+    reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failures, "MAX_REMEMBERED", 2)
+    first, second, third = (reads.ended(number) for number in (1, 2, 3))
+    for batch in (first, second, first, third, first):
+        reads.reader.of(batch)
+    assert reads.num == 3
+    reads.reader.of(second)
+    assert reads.num == 4
 
 
 # -- charts ----------------------------------------------------------------------------------------
