@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from batch_app.checkers import CheckerPlaces
 from batch_app.config import Settings
 from batch_app.core import LineError, utc_now
 from batch_app.counting.count import PromptCounts, count_prompts
@@ -75,6 +76,7 @@ class DryRuns:
     outlook: Outlook
     turn: Callable[[str], Turn] = lambda _: NO_QUEUE
     clock: Callable[[], datetime] = utc_now
+    checker_places: CheckerPlaces | None = None
 
     def of(self, path: Path, folder: Path, model: str | None = None) -> DryRun:
         """Look at the file at `path`; its index is made in `folder`, which must exist. Seconds.
@@ -110,7 +112,7 @@ class DryRuns:
             limits=BodyLimits.of(self.settings),
         )
         try:
-            index_file(path, folder, rules)
+            index_file(path, folder, rules, places=self.checker_places)
         except BadLines as refusal:
             return tuple(refusal.errors), refusal.num_errors
         return (), 0

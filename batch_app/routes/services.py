@@ -185,7 +185,14 @@ class Services:
         def turn(model: str) -> Turn:
             return self.estimating.wait_for_new(model, now=self.clock())
 
-        return DryRuns(self.settings, self.registry, self.outlook, turn, self.clock)
+        return DryRuns(
+            self.settings,
+            self.registry,
+            self.outlook,
+            turn,
+            self.clock,
+            self.checker_places,
+        )
 
     def estimate(self, batch: Batch) -> Estimate | None:
         """What a batch has still before it; None for a finished one, or with nothing to go by.
