@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -56,6 +56,7 @@ class Estimating:
     def of_page(self, page: Iterable[Batch]) -> list[Estimate | None]:
         """The same for several, with one look at the queue for all."""
         turns: dict[str, Turn] | None = None
+        models: dict[str, str | None] | None = None
         found: list[Estimate | None] = []
         now = self.clock()
         for batch in page:
@@ -66,7 +67,9 @@ class Estimating:
             if forecast is None:
                 found.append(None)
             elif batch.status in LEASED:
-                left = left_of(batch, forecast, now)
+                if models is None:
+                    models = self._models(now)
+                left = left_of(batch, _still(batch, forecast, models), now)
                 found.append(estimate_of(forecast, now, left=left, prompt_basis=_basis(batch)))
             else:
                 if turns is None:
@@ -83,22 +86,25 @@ class Estimating:
         """Of each waiting batch, by id. `also`: batches that would come last."""
         held: list[tuple[Batch, float]] = []
         line: list[InLine] = []
+        models = self._models(now)
         for batch in [*self.store.unfinished(MOST_BATCHES), *also]:
             forecast = self._forecast(batch)
             if batch.status in LEASED:
-                left = left_of(batch, forecast, now)
+                left = left_of(batch, _still(batch, forecast, models), now)
                 held.append((batch, left.remaining_s if left else 0.0))
             elif forecast is None:
                 line.append(InLine(batch, None))
             else:
                 line.append(InLine(batch, forecast.total_s, forecast.first_load_s))
+        # Not by what the workers say of themselves: that is as old as their last sign of life.
+        busy = {batch.lease_owner for batch, _ in held}
         return {
             batch_id: Turn(*told)
             for batch_id, told in waits(
                 held,
                 line,
-                num_workers=max(self._num_workers(now), 1),
-                loaded=self._loaded(),
+                num_workers=max(len(models), 1),
+                loaded=[model for name, model in models.items() if model and name not in busy],
                 bound_s=self.settings.max_passed_over_s,
                 now=now,
             ).items()
@@ -135,17 +141,23 @@ class Estimating:
             logger.exception("The forecast of %s failed.", batch.id)
             return None
 
-    def _num_workers(self, now: datetime) -> int:
-        workers = self.store.list_workers()
-        return sum(worker.is_alive(now, self.settings.heartbeat_s) for worker in workers)
-
-    def _loaded(self) -> list[str]:
-        """The models that idle workers hold."""
-        return [
-            worker.model
+    def _models(self, now: datetime) -> dict[str, str | None]:
+        """What each living worker holds, by its id."""
+        return {
+            worker.id: worker.model
             for worker in self.store.list_workers()
-            if worker.model and not worker.batch_id
-        ]
+            if worker.is_alive(now, self.settings.heartbeat_s)
+        }
+
+
+def _still(
+    batch: Batch, forecast: BatchForecast | None, models: Mapping[str, str | None]
+) -> BatchForecast | None:
+    """The forecast of a batch that a worker has; without loading, where that holds its model."""
+    holds = models.get(batch.lease_owner) if batch.lease_owner else None
+    if forecast is None or holds is None or holds != batch.model:
+        return forecast
+    return without_load(forecast)
 
 
 def _basis(batch: Batch) -> str:

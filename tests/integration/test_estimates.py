@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 
 from batch_app.benchmarks import BenchmarkFolder, BenchmarkRecord
 from batch_app.core import BatchStatus
+from batch_app.estimates import Estimate
+from batch_app.store import WorkerRow
 from integration.api_fixtures import GUIDE_MODEL, Api, input_file, request_line
 from support.site import Site, echo_line
 from support.waiting import wait_for
@@ -136,6 +140,43 @@ def test_a_batch_of_the_other_dialect_is_counted_too(api: Api) -> None:
     batch_id = api.call("POST", "/v1/batches", json=wish).json()["id"]
     wait_for(lambda: api.batch(batch_id).counted_at is not None, what="its prompts are counted")
     assert (api.batch(batch_id).workload or ())[0]["basis"] == "counted"
+
+
+def told(api: Api, batch_id: str, now: datetime) -> Estimate:
+    """The estimate of a batch, at a moment that stands still."""
+    own = api.services
+    estimate = replace(own.estimating, clock=lambda: now).of(api.batch(batch_id))
+    assert estimate is not None
+    return estimate
+
+
+def test_a_model_that_is_loaded_already_is_not_waited_for(api: Api) -> None:
+    """Also where the worker last said that it is busy: it says so only now and then."""
+    now = datetime.now(UTC)
+
+    def report(model: str | None) -> None:
+        row = WorkerRow("worker_1", "host", 1, 0.0, now, now, "working", model, first)
+        api.store.report_worker(row)
+
+    first = api.submitted(3)
+    batch = api.store.claim_next("worker_1", 1000, now)
+    assert batch is not None
+    assert batch.id == first
+    report(None)
+    loading = told(api, first, now)
+    report(GUIDE_MODEL)
+    running = told(api, first, now)
+    assert loading.duration_s - running.duration_s == pytest.approx(26, abs=1)
+
+    second = api.submitted(3)
+    behind = told(api, second, now)
+    assert behind.queue_wait_s == pytest.approx(running.duration_s)
+    assert behind.duration_s == pytest.approx(running.duration_s)
+    api.store.transition(batch, BatchStatus.FAILED, now)
+    assert told(api, second, now).duration_s == pytest.approx(running.duration_s)
+    assert told(api, second, now).queue_wait_s == 0
+    gone = now + timedelta(seconds=10 * api.services.settings.heartbeat_s)
+    assert told(api, second, gone).duration_s == pytest.approx(loading.duration_s)
 
 
 @pytest.fixture
