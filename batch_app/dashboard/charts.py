@@ -159,8 +159,8 @@ def accuracy_text(runs: Sequence[Run]) -> str:
 sys.meta_path[:] = [one for one in sys.meta_path if type(one).__module__ != pygal.__name__]
 
 _COLOURS = {
-    Theme.LIGHT: {"text": "#4b5563", "strong": "#111827", "line": "#d7dbe2", "accent": "#2557d6"},
-    Theme.DARK: {"text": "#a9b2c0", "strong": "#f0f3f8", "line": "#343b47", "accent": "#7ea6ff"},
+    Theme.LIGHT: {"text": "#4b5563", "line": "#d7dbe2", "accent": "#2557d6"},
+    Theme.DARK: {"text": "#a9b2c0", "line": "#343b47", "accent": "#7ea6ff"},
 }
 
 
@@ -171,7 +171,7 @@ def _style(look: Look, colours: Sequence[str]) -> Style:
         background="transparent",
         plot_background="transparent",
         foreground=of["text"],
-        foreground_strong=of["strong"],
+        foreground_strong=of["text"],  # of every second mark on an axis
         foreground_subtle=of["line"],
         guide_stroke_color=of["line"],
         major_guide_stroke_color=of["line"],
@@ -245,8 +245,8 @@ def draw_pace(pace: Pace, look: Look) -> bytes:
     """Tokens a second over time."""
     wide = look.width is Width.WIDE
     chart = pygal.XY(
-        style=_style(look, [_COLOURS[look.theme]["accent"]]),
-        fill=True,
+        style=_style(look, [_COLOURS[look.theme]["accent"]] * 2),
+        css=(*pygal.Config.css.value, "inline:.serie-0 path { stroke: none !important }"),
         show_dots=False,
         show_x_guides=False,
         x_value_formatter=span,
@@ -261,7 +261,10 @@ def draw_pace(pace: Pace, look: Look) -> bytes:
         chart.xrange = (0, whole_s)
         chart.x_labels = _time_ticks(whole_s, 8 if wide else 4)
         first_s, first = pace.points[0]
-        chart.add("tokens/s", [(0.0, first), *pace.points] if first_s else list(pace.points))
+        points = [(0.0, first), *pace.points] if first_s else list(pace.points)
+        # An area without an outline: its sides would look as if the speed fell to nothing.
+        chart.add("area", points, fill=True)
+        chart.add("tokens/s", points)
     return _svg(chart)
 
 

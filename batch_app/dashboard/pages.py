@@ -57,6 +57,7 @@ def queue(
         next_after=found[-1].id if has_more else None,
         is_empty=not found and status is None and after is None,
         models=[entry.name for entry in own.registry.entries],
+        address=_address(request),
     )
 
 
@@ -117,7 +118,18 @@ def submit(request: Request) -> Response:
     entries = [
         (entry, own.benchmarks.latest(entry.name) is not None) for entry in own.registry.entries
     ]
-    return page(request, "submit.html", entries=entries, max_bytes=own.settings.max_upload_bytes)
+    return page(
+        request,
+        "submit.html",
+        entries=entries,
+        max_bytes=own.settings.max_upload_bytes,
+        address=_address(request),
+    )
+
+
+def _address(request: Request) -> str:
+    """Of this server, as the reader's browser calls it; without a slash at the end."""
+    return str(request.base_url).rstrip("/")
 
 
 @router.get("/models")

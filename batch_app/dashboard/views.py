@@ -203,7 +203,9 @@ def _eta(batch: Batch, estimate: Estimate | None, now: datetime) -> tuple[str, s
     low_s, high_s = estimate.low_s, estimate.high_s
     if low_s is not None and high_s is not None and high_s > low_s:
         ahead_s = max(left_s - estimate.duration_s, 0.0)
-        text += f" ({between(ahead_s + low_s, ahead_s + high_s)})"
+        between_s = between(ahead_s + low_s, ahead_s + high_s)
+        if between_s != duration(left_s):
+            text += f" ({between_s})"
     return text, iso(estimate.completion_at)
 
 

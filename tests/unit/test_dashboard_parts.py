@@ -122,6 +122,8 @@ def test_the_range_of_an_estimate_is_shown_where_there_is_one() -> None:
     view = batch_view(BATCH, estimate, **options)  # type: ignore[arg-type]
     assert view.eta == "about 15 min (13 to 18 min)", "what runs before it counts"
     assert view.done_at == "2026-01-01T12:15:00Z"
+    narrow = replace(estimate, low_s=599.0, high_s=601.0)
+    assert batch_view(BATCH, narrow, **options).eta == "about 15 min"  # type: ignore[arg-type]
     assert view.name == "batch_1", "a file without a name"
 
 
