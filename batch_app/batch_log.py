@@ -35,6 +35,14 @@ def _spell_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def pace_text(finished_per_s: float, written_per_s: float) -> str:
+    """Tokens a second of the requests that were finished; where there were none, of the answers
+    that the engine is writing: long ones are no standstill."""
+    if not finished_per_s and written_per_s > 0:
+        return f"none finished, {written_per_s:,.0f} tokens/s being written."
+    return f"{finished_per_s:,.0f} tokens/s."
+
+
 class BatchLog:
     """Appends to one batch's log. The file appears with the first line."""
 

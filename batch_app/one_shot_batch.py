@@ -175,24 +175,27 @@ class OneShotBatch:
 
 
 class _Show:
-    """Tells a person how far the batch is, on standard error."""
+    """Tells a person how far the batch is, on standard error, where that has changed."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
         self._next = 0.0
+        self._said = ""
 
     def __call__(self, batch: Batch) -> None:
         now = time.monotonic()
         if now < self._next and not batch.is_terminal:
             return
-        if self._next or batch.is_terminal:
-            done, total = batch.progress.done, batch.total
-            share = 100 * done / total
-            sys.stderr.write(
-                f"{done:,} of {total:,} done ({share:.1f}%), {batch.progress.failed:,} failed\n"
-            )
-            sys.stderr.flush()
         self._next = float("inf") if batch.is_terminal else now + self._every_s
+        done, total = batch.progress.done, batch.total
+        text = f"{done:,} of {total:,} done ({100 * done / total:.1f}%)"
+        text += f", {batch.progress.failed:,} failed"
+        if not done and not batch.is_terminal:
+            text = f"Loading {batch.model}, then the first answers …"
+        if text != self._said:
+            self._said = text
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
 
 class _ShowBar:

@@ -435,6 +435,14 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _meant(body: Mapping[str, Any]) -> str:
+    """A hint for a body that another endpoint has the fields of; empty where there is none."""
+    for endpoint, needed in _REQUIRED.items():
+        if needed and all(body.get(field) is not None for field in needed):
+            return f' With "{needed[0]}", "url" is {endpoint}.'
+    return ""
+
+
 def check_body(
     endpoint: str, body: Mapping[str, Any], limits: BodyLimits, *, without: str | None = None
 ) -> None:
@@ -452,7 +460,9 @@ def check_body(
     for field in _REQUIRED[endpoint]:
         if body.get(field) is None:
             raise LineProblem(
-                "missing_required_parameter", f'The body has no "{field}".', f"body.{field}"
+                "missing_required_parameter",
+                f'The body has no "{field}".{_meant(body)}',
+                f"body.{field}",
             )
     rest = {key: value for key, value in body.items() if key not in ("stream", without)}
     if (stream := body.get("stream")) is not None:

@@ -21,13 +21,13 @@ import numpy as np
 
 from batch_app import tracing
 from batch_app.appraisal import planning_of
-from batch_app.batch_log import BatchLog
+from batch_app.batch_log import BatchLog, pace_text
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
 from batch_app.config import Settings
 from batch_app.copies import Copies, logged_outcome
 from batch_app.core import Batch, BatchStatus, Waiting, utc_now
-from batch_app.engine.base import Engine, EngineInfo
+from batch_app.engine.base import Engine, EngineInfo, EngineStats
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
@@ -182,6 +182,7 @@ class _Run:
         self._warmup: Warmup | None = None
         self._next_progress = 0.0
         self._progress_tokens = 0
+        self._progress_written = 0
         self._progress_at = 0.0
 
     def to_the_end(self) -> None:
@@ -312,9 +313,10 @@ class _Run:
     def _copy_answers(self, group: Group, copies: Copies) -> None:
         """Give what an earlier claim computed to the requests that ask the same."""
         if group.waiting or group.answered:
+            num = len(group.waiting) + len(group.answered)
             self._batch_log.write(
-                f"{len(group.waiting) + len(group.answered):,} requests for {group.model} repeat "
-                "another one's body: they get its answer."
+                f"{num:,} of the requests for {group.model} {'repeat' if num > 1 else 'repeats'} "
+                "another one's body, and will get its answer."
             )
         for leader in np.unique(group.answered.leaders).tolist():
             outcome = logged_outcome(self._log, leader)
@@ -348,23 +350,26 @@ class _Run:
         self._tell(self._foresight.look(stats))
         if self._warmup is not None:
             self._warmup.delivered(len(deliveries))
-        self._log_progress(num_in_flight)
+        self._log_progress(num_in_flight, stats)
 
-    def _log_progress(self, num_in_flight: int) -> None:
+    def _log_progress(self, num_in_flight: int, stats: EngineStats) -> None:
         """A line in the batch's log every few seconds."""
         now = time.monotonic()
         if now < self._next_progress:
             return
         tokens = self._tally.tokens.total_tokens
+        written = stats.generation_tokens_total
         if self._next_progress:
             done, total = self._log.progress.done, len(self._index)
-            speed = (tokens - self._progress_tokens) / (now - self._progress_at)
+            passed_s = now - self._progress_at
+            speed = (tokens - self._progress_tokens) / passed_s
+            writing = (written - self._progress_written) / passed_s
             self._batch_log.write(
                 f"{done:,} of {total:,} done ({100 * done / total:.1f}%), "
                 f"{self._log.progress.failed:,} failed, {num_in_flight:,} in flight, "
-                f"{speed:,.0f} tokens/s."
+                + pace_text(speed, writing)
             )
-        self._progress_tokens, self._progress_at = tokens, now
+        self._progress_tokens, self._progress_at, self._progress_written = tokens, now, written
         self._next_progress = now + self._settings.progress_log_s
 
     # -- ending --------------------------------------------------------------------------------

@@ -63,8 +63,10 @@ def copy_database(
     database_url: DatabaseUrl = None,
     as_json: Json = False,
 ) -> None:
-    """Copy the queue and all that is known of files to another database, such as PostgreSQL.
-    Stop server and workers first; `database_url` then names the new one. Files stay in place."""
+    """Copy what the database has to another, such as PostgreSQL.
+
+    Stop server and workers first; `database_url` then names the new one. Files stay in place.
+    """
     from batch_app.config import load_settings
     from batch_app.database import shown
     from batch_app.store import copying

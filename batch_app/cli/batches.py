@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from batch_app.cli.figures import ago, duration, ending, seconds_left
+from batch_app.cli.figures import ago, duration, ending, plural, seconds_left
 from batch_app.cli.options import Json
 from batch_app.cli.remote import (
     SECTION,
@@ -143,9 +143,19 @@ def cancel(
         for batch_id in batches:
             client.cancel(batch_id)
             ended = client.wait(batch_id, poll_s=0.5, timeout_s=None)
-            say(ending(ended))
+            say(_end_of_cancelled(ended, same_place(server)))
             if as_json:
                 show_json(ended.raw)
+
+
+def _end_of_cancelled(batch: Batch, place: str) -> str:
+    if batch.status != "cancelled":  # it was done before the wish came
+        return ending(batch)
+    kept = ""
+    if batch.has_results:
+        num = plural(batch.progress.completed, "answer")
+        kept = f" {num} until then: vllm-batch results {batch.id}{place}"
+    return f"✅ {batch.id} is cancelled.{kept}"
 
 
 @app.command(rich_help_panel=SECTION)

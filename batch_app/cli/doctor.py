@@ -34,7 +34,9 @@ def doctor(
     data_dir: DataFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Look for what is wrong, each with its fix: engine, device, disk, database, server, models.
+    """Look for what is wrong here, and say the fix.
+
+    Looks at engine, device, disk, database, server, worker and models.
 
     Changes nothing. Exit code 11 where something would keep batches from running; warnings don't
     count.

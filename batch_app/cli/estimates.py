@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batch_app.cli.exit_codes import ExitCode
+from batch_app.cli.models import completed_names
 from batch_app.cli.options import Json, Models
 from batch_app.cli.terminal import say, show, show_json
 
@@ -29,13 +30,18 @@ MAX_SHOWN = 10
 def estimate(
     source: Annotated[Path, typer.Argument(metavar="FILE", show_default=False)],
     model: Annotated[
-        str | None, typer.Option(help="Only this one.", show_default="each of the registry")
+        str | None,
+        typer.Option(
+            help="Only this one.",
+            show_default="each of the registry",
+            autocompletion=completed_names,
+        ),
     ] = None,
     models: Models = None,
     benchmarks_dir: BenchmarksFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Say how long a file would take, and which of its lines would fail. Runs nothing."""
+    """Say how long a file would take. Which lines would fail, too. Runs nothing."""
     from batch_app.benchmarks import BenchmarkFolder
     from batch_app.config import load_settings
     from batch_app.dry_run import DryRuns
@@ -61,7 +67,10 @@ def estimate(
 
 @app.command(rich_help_panel=SECTION)
 def bench(
-    model: Annotated[str, typer.Argument(help="The registry's name of the model.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="The registry's name of the model.", autocompletion=completed_names),
+    ],
     num_requests: Annotated[
         int, typer.Option(help="Of each of the three shapes.", min=10, max=100_000)
     ] = 200,
@@ -69,7 +78,10 @@ def bench(
     benchmarks_dir: BenchmarksFolder = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on this machine: short, medium and long requests. Estimates rest on it."""
+    """Measure a model on this machine. Estimates rest on it.
+
+    With short, medium and long requests.
+    """
     from batch_app.bench import measure
     from batch_app.config import load_settings
     from batch_app.registry import ModelRegistry
@@ -128,7 +140,7 @@ def _cells(row: ModelOutlook) -> tuple[str, ...]:
         f"{about}{told.prompt_tokens or 0:,}",
         f"{told.expected_output_tokens or 0:,}",
         num_failing,
-        f"{told.basis_kind}: {', '.join(told.basis[:2])}" + (" …" if len(told.basis) > 2 else ""),
+        f"{told.basis_kind}: {''.join(told.basis[:1])}" + (" …" if len(told.basis) > 1 else ""),
     )
 
 

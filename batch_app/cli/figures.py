@@ -31,6 +31,11 @@ def ago(moment: datetime, now: datetime | None = None) -> str:
     return f"{count} {unit} ago"
 
 
+def plural(number: int, one: str) -> str:
+    """`1 error`, `2 errors`."""
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
 def span(estimate: Estimate) -> str:
     """`12 min`, with the range where the server knows one."""
     text = duration(estimate.duration_s)

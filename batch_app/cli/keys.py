@@ -51,8 +51,13 @@ class _Keys:
 
 
 @contextmanager
-def _opened(data_dir: Path | None, database_url: str | None) -> Iterator[_Keys]:
-    """Raises BatchAppError where the store can't be had."""
+def _opened(
+    data_dir: Path | None, database_url: str | None, *, makes: bool = False
+) -> Iterator[_Keys]:
+    """`makes`: data folder and database, where there are none.
+
+    Raises BatchAppError where the store can't be had; NotFound where it doesn't exist.
+    """
     from batch_app.access import KeyChanges
     from batch_app.audit import AuditLog
     from batch_app.config import load_settings
@@ -61,6 +66,12 @@ def _opened(data_dir: Path | None, database_url: str | None) -> Iterator[_Keys]:
 
     try:
         settings = load_settings(data_dir=data_dir, database_url=database_url)
+        file = settings.sqlite_file
+        if not makes and not settings.database_url and not file.exists():
+            raise NotFound(
+                f"There is no database {file}, and so no key. Run this from the server's folder, "
+                "or name its data folder: --data-dir."
+            )
         data = DataDir(settings.data_dir)
         data.create()
         store = Store(settings.resolved_database_url)
@@ -97,7 +108,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Make a key. It is shown this once."""
-    with _opened(data_dir, database_url) as keys:
+    with _opened(data_dir, database_url, makes=True) as keys:
         now = utc_now()
         owner = keys.store.get_key(_checked_id(replaces)).owner if replaces else None
         first = not keys.store.has_keys()

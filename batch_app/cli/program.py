@@ -23,6 +23,7 @@ from batch_app.cli import (
     watch,
 )
 from batch_app.cli.exit_codes import ExitCode, code_of
+from batch_app.cli.figures import plural
 from batch_app.cli.terminal import say
 from batch_app.errors import BadLines, BatchAppError
 
@@ -64,7 +65,7 @@ def say_error(error: BatchAppError) -> None:
         return
     message = error.message
     if error.errors and error.errors[0].message in message:  # it stands below
-        message = f"The input can't run, {error.num_errors:,} errors in it. Nothing was queued."
+        message = f"The input can't run: {plural(error.num_errors, 'error')}. Nothing was queued."
     say(f"❌ {message}")
     for bad in error.errors[:MAX_LINES_SHOWN]:
         where = f"line {bad.line}: " if bad.line else ""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from batch_app.client import Batch, BatchClient
 from batch_app.errors import BatchAppError
+
+if TYPE_CHECKING:
+    from batch_app.config import Settings
 
 SECTION = "Batches on a server"
 
@@ -56,7 +59,11 @@ def address(server: str | None) -> str:
         return server
     from batch_app.config import load_settings
 
-    settings = load_settings()
+    return address_of(load_settings())
+
+
+def address_of(settings: Settings) -> str:
+    """Where the server of these settings is reached from its own machine."""
     host = settings.host if settings.host not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.port or 8080}"
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from batch_app.cli.models import completed_names
 from batch_app.cli.options import Models
 from batch_app.cli.terminal import say
 from batch_app.errors import BadRequest
@@ -53,6 +54,7 @@ def run(
         typer.Option(
             help="The model that answers: a name of the registry, a folder, or a hub's owner/name.",
             show_default=False,
+            autocompletion=completed_names,
         ),
     ] = "",
     models: Models = None,

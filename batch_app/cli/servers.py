@@ -16,6 +16,7 @@ from batch_app.cli.options import (
     NoAuth,
     Port,
 )
+from batch_app.cli.remote import address_of
 from batch_app.cli.terminal import say
 
 #: Under which `--help` lists what runs or keeps a site.
@@ -105,7 +106,8 @@ def up(
     )
     check_address(settings)
     if settings.log_format == "text":
-        say("Starting the API server and the worker …")
+        place = f": {address_of(settings)}/" if settings.port else ""
+        say(f"Starting the API server and the worker{place} (Ctrl-C ends both)")
     given = {
         "--host": host,
         "--port": port,

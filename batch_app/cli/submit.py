@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from batch_app.cli.exit_codes import ExitCode
-from batch_app.cli.figures import span
+from batch_app.cli.figures import plural, span
 from batch_app.cli.inputs import (
     Body,
     Delimiter,
@@ -25,6 +25,7 @@ from batch_app.cli.inputs import (
     opened,
     request_fields,
 )
+from batch_app.cli.models import completed_names
 from batch_app.cli.options import Json, Models
 from batch_app.cli.remote import SECTION, ApiKey, Server, connected, same_place
 from batch_app.cli.results import TABLE_SUFFIXES, ParseJson, check_target, save
@@ -44,6 +45,7 @@ Model = Annotated[
         "-m",
         help="The model that answers, by the registry's name or an alias.",
         show_default="each line's own body.model",
+        autocompletion=completed_names,
     ),
 ]
 
@@ -283,7 +285,7 @@ def _checked(
         try:
             summary = index_file(path, Path(folder), rules)
         except BadLines as refusal:
-            message = f"{name}: {refusal.num_errors:,} errors."
+            message = f"{name}: {plural(refusal.num_errors, 'error')}."
             raise BadLines(message, refusal.errors, refusal.num_errors) from None
     return {
         "num_requests": summary.num_requests,

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from batch_app import __version__
@@ -55,6 +56,9 @@ def examine(
         fix = "vllm-batch config show says where each is from"
         yield fail("settings", error.message, fix)
         return
+    if load is not None:
+        with suppress(ConfigError):  # a finding says it, further down
+            ModelRegistry.load(settings.models).get(load)
     for name, meant in found.unknown.items():
         fix = f"did you mean {meant}?" if meant else "unset it; docs/settings.md has all there are"
         yield warn("settings", f"{name} is set, and there is no such setting", fix)
@@ -90,20 +94,20 @@ def examine(
                 shutil.copy(lowered, limits)
             slot = EngineSlot(settings, log, lambda: False, LoweredLimits(limits))
             try:
-                yield from _loaded(slot, registry, entry.name, say)
+                yield from _loaded(slot, registry, settings.models, entry.name, say)
             finally:
                 slot.unload()
 
 
 def _loaded(
-    slot: EngineSlot, registry: ModelRegistry, name: str, say: Callable[[str], None]
+    slot: EngineSlot, registry: ModelRegistry, place: Path, name: str, say: Callable[[str], None]
 ) -> Iterator[Finding]:
     subject = "load"
     began = time.monotonic()
     try:
         host, info = slot.take(registry.get(name), say)
     except (EngineError, BatchAppError) as error:
-        yield fail(subject, error.message, "correct its entry: vllm-batch models check " + name)
+        yield fail(subject, error.message, f"correct its entry in {place}")
         return
     took_s = time.monotonic() - began
     yield ok(

@@ -138,8 +138,14 @@ def test_a_batch_that_waits_and_is_cancelled(idle: Shell) -> None:
     assert idle("retry", batch_id).code == 6
     cancelled = idle("cancel", batch_id)
     assert cancelled.code == 0
-    assert "cancelled" in cancelled.err
+    assert cancelled.err.startswith(f"✅ {batch_id} is cancelled.")
     assert idle("wait", batch_id, "-q").code == 9
+
+
+def test_one_error_is_one_error(idle: Shell) -> None:
+    idle.file("bad.jsonl", b"nope\n")
+    assert "bad.jsonl: 1 error." in idle("validate", "bad.jsonl", "-m", "sim").err
+    assert "can't run: 1 error. Nothing" in idle("submit", "bad.jsonl", "-m", "sim").err
 
 
 def test_mistakes_are_told_in_a_line_with_a_code(idle: Shell) -> None:

@@ -238,7 +238,10 @@ def test_a_model_is_loaded_and_asked(site: Site) -> None:
     said = doctor("--load", "unloadable")
     assert said.exit_code == 11
     assert "No such weights." in said.stdout
-    assert doctor("--load", "nope").exit_code == 4
+    assert "models.toml" in said.stdout.splitlines()[-1]
+    said = doctor("--load", "nope")
+    assert said.exit_code == 4
+    assert "nothing speaks against it" not in said.stdout, "it is said before all else is looked at"
 
 
 def test_it_imports_no_engine(site: Site) -> None:

@@ -108,6 +108,8 @@ def test_answers_a_file_and_leaves_only_the_output(place: Place) -> None:
     assert code == 0, said
     assert "500 of 500 answered" in said
     assert_answers_echo(place.lines(), 500)
+    told = [line for line in said.splitlines() if " done (" in line or line.startswith("Loading")]
+    assert len(told) == len(set(told)), "nothing is said twice"
     assert not work_folder(place.output).exists()
 
 

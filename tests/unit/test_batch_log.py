@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batch_app.batch_log import BatchLog, printable
+from batch_app.batch_log import BatchLog, pace_text, printable
 from batch_app.routes import downloads
 from batch_app.routes.downloads import log_blocks
 
@@ -25,6 +25,12 @@ def test_a_line(tmp_path: Path) -> None:
     assert log.path.read_text() == (
         "2025-10-28 10:00:00Z  claimed\n2025-10-28 10:00:00Z  loaded in 8.1 s — ✅\n"
     )
+
+
+def test_long_answers_are_no_standstill() -> None:
+    assert pace_text(1234.5, 99) == "1,234 tokens/s."
+    assert pace_text(0, 99) == "none finished, 99 tokens/s being written."
+    assert pace_text(0, 0) == "0 tokens/s."
 
 
 @given(st.text())

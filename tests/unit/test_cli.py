@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from batch_app import __version__, api_server, one_shot, worker
 from batch_app.cli import app
+from batch_app.cli.program import Program
 from batch_app.config import Settings
 from batch_app.registry import ModelEntry
+from support.site import REPO
 
 runner = CliRunner()
 
@@ -100,3 +103,18 @@ def test_run_takes_the_names_of_vllms_runner(
     result = runner.invoke(app, ["run", "a", "--model", "a/m"])
     assert result.exit_code == 2
     assert not given
+
+
+def test_every_model_is_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    group = typer.main.get_command(app)
+    assert isinstance(group, Program)
+    seen = set()
+    for name, command in group.commands.items():
+        for parameter in command.params:
+            if parameter.name in ("model", "load"):
+                seen.add(name)
+                context = typer.Context(command)
+                found = [one.value for one in parameter.shell_complete(context, "de")]
+                assert found == ["demo"], f"{name} {parameter.name}"
+    assert seen == {"submit", "validate", "run", "estimate", "bench", "doctor"}

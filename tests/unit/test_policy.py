@@ -12,7 +12,7 @@ from batch_app.config import load_settings
 from batch_app.core import Endpoint
 from batch_app.errors import ConfigError
 from batch_app.lines import LineParser, LineProblem, RequestLine
-from batch_app.policy import ALLOWED, REFUSED, check_template_arguments
+from batch_app.policy import ALLOWED, REFUSED, check_body, check_template_arguments
 from batch_app.shapes import MAX_REGEX_UNFOLDED, BodyLimits, is_address, unfolded_size
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -49,6 +49,20 @@ def chat_part(**part: Any) -> dict[str, Any]:
 
 def function(parameters: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
+
+
+def test_a_body_for_another_endpoint_is_told_where_it_belongs() -> None:
+    def said(endpoint: str, body: dict[str, Any]) -> str:
+        with pytest.raises(LineProblem) as problem:
+            check_body(endpoint, body, BodyLimits())
+        return problem.value.message
+
+    chat, prompt = "/v1/chat/completions", {"prompt": "x"}
+    hint = 'With "prompt", "url" is /v1/completions.'
+    assert said(chat, prompt) == f'The body has no "messages". {hint}'
+    assert said(chat, {"model": "m"}) == 'The body has no "messages".'
+    messages = [{"role": "user", "content": "x"}]
+    assert f'"url" is {chat}.' in said("/v1/completions", {"messages": messages})
 
 
 def test_every_endpoint_has_a_list() -> None:
