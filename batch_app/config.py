@@ -62,6 +62,39 @@ class Settings(BaseSettings):
         "`postgres`; see docs/postgresql.md) or `sqlite:////folder/file.db`. Empty: SQLite at "
         "`<data_dir>/database/batch_jobs.db`.",
     )
+    storage_url: str = Field(
+        "",
+        description="URL of an object store for inputs, results and logs, so that servers and "
+        "workers on several machines share no folder: `s3://bucket/prefix`, `gs://…`, `az://…` or "
+        "`file:///folder` (needs the extra `objects`; see docs/object_storage.md). Empty: they are "
+        "in the data folder only.",
+    )
+    storage_part_bytes: int = Field(
+        8 * MIB,
+        ge=5 * MIB,
+        description="With `storage_url`: larger files are sent in parts of so many bytes, and "
+        "results of a running batch as soon as there are so many. Default 8 MiB.",
+    )
+    storage_copy_interval_s: float = Field(
+        10.0,
+        gt=0,
+        description="With `storage_url`: seconds between copies of a running batch's new results "
+        "to the object store. The loss of a machine costs what was computed since.",
+    )
+    storage_cache_bytes: int = Field(
+        50 * GIB,
+        ge=0,
+        description="With `storage_url`: how much of it the data folder keeps as a cache, in "
+        "bytes; beyond that, what was used longest ago is removed from this machine. Default "
+        "50 GiB; 0: no limit.",
+    )
+    storage_link_s: int = Field(
+        300,
+        ge=0,
+        le=7 * 86400,
+        description="With `storage_url`: seconds for which a download link to the object store "
+        "is good, where a client asks for one. 0: none are given.",
+    )
     models: ExpandedPath = Field(
         Path("./models.toml"), description="The model registry (TOML). See docs/models.md."
     )

@@ -17,6 +17,7 @@
     │   └── KeyInUse               the same request is under way                    409
     ├── StorageFull                the disk (or its quota) is full                  507
     ├── StoreUnavailable           the database cannot be reached at the moment     503
+    ├── ObjectsUnavailable         the object storage does not answer, or refuses   503
     ├── ServerUnreachable          the client found no server at its address
     ├── ServerFailed               the client got an answer that only a defect gives
     ├── LeaseLost                  another worker owns the batch now
@@ -178,6 +179,10 @@ class StorageFull(BatchAppError):
 
 class StoreUnavailable(BatchAppError):
     """The database does not answer at the moment. Retriable."""
+
+
+class ObjectsUnavailable(BatchAppError):
+    """The object storage does not answer at the moment, or refuses what was asked. Retriable."""
 
 
 class ServerUnreachable(BatchAppError):

@@ -25,13 +25,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from batch_app.core import Batch
 from batch_app.errors import StorageFull
 from batch_app.faults import crash_point
+from batch_app.objects import Objects
 
 #: Seconds after which a folder that nobody has locked isn't about to be.
 SETTLED_S = 60.0
@@ -60,9 +61,14 @@ def derived_file_id(batch: Batch, kind: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DataDir:
-    """The paths under one data folder."""
+    """The paths under one data folder.
+
+    `objects`: where the files are for all machines; what lies here is then a copy of that, or on
+    its way to it (`batch_app.shared_files`). None: what lies here is all there is.
+    """
 
     root: Path
+    objects: Objects | None = field(default=None, compare=False, repr=False)
 
     @property
     def batches(self) -> Path:

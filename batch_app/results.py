@@ -302,6 +302,10 @@ class ResultsLog:
         )
         self._written += HEADER_BYTES + len(payload)
 
+    def committed(self) -> list[Segment]:
+        """The segments that count, oldest first, each as far as it is durable. From any thread."""
+        return [*self._segments[:-1], Segment(self._segments[-1].path, self._committed)]
+
     @property
     def num_pending(self) -> int:
         return len(self._pending)

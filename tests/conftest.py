@@ -13,6 +13,7 @@ pytest_plugins = [
     "support.beside",
     "support.postgres",  # before those that import it
     "support.databases",
+    "support.object_stores",
 ]
 
 hypothesis.settings.register_profile(

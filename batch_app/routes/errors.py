@@ -25,6 +25,7 @@ from batch_app.errors import (
     KeyInUse,
     ModelNotFound,
     NotFound,
+    ObjectsUnavailable,
     StorageFull,
     StoreUnavailable,
     TooLarge,
@@ -60,11 +61,13 @@ STATUS: Mapping[type[BatchAppError], int] = {
     KeyInUse: 409,
     StorageFull: 507,
     StoreUnavailable: 503,
+    ObjectsUnavailable: 503,
 }
 _HEADERS: Mapping[int, Mapping[str, str]] = {409: NO_RETRY, 507: NO_RETRY, 503: RETRY_SOON}
 _CODES: Mapping[type[BatchAppError], str] = {
     StorageFull: "storage_full",
     StoreUnavailable: "store_unavailable",
+    ObjectsUnavailable: "object_storage_unavailable",
 }
 
 
