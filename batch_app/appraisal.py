@@ -17,6 +17,7 @@ from batch_app.files import DataDir
 from batch_app.index import Index
 from batch_app.outlook import Outlook
 from batch_app.registry import ModelRegistry
+from batch_app.shared_files import fetch_index, fetch_input
 from batch_app.store import Store
 from batch_app.workloads import Planning, counted_workloads, quick_workloads, to_json
 
@@ -30,7 +31,7 @@ def planning_of(outlook: Outlook, settings: Settings, batch: Batch) -> Planning:
 
 @dataclass(frozen=True)
 class Appraisal:
-    """Raises StoreUnavailable, StorageFull."""
+    """Raises StoreUnavailable, ObjectsUnavailable, StorageFull."""
 
     settings: Settings
     data: DataDir
@@ -59,10 +60,10 @@ class Appraisal:
     def _counted(self, batch: Batch) -> list[dict[str, object]] | None:
         """None where there is nothing left to count: it ended, or its files are gone."""
         try:
-            index = Index.load(self.data.work_dir(batch.id))
+            index = Index.load(fetch_index(self.data, batch.id))
             found = counted_workloads(
                 index,
-                self.data.input_file(batch.input_file_id),
+                fetch_input(self.data, batch.input_file_id),
                 self.registry,
                 planning_of(self.outlook, self.settings, batch),
                 self.outlook.bytes_per_token,

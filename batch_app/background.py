@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from batch_app.errors import StorageFull, StoreUnavailable
+from batch_app.errors import ObjectsUnavailable, StorageFull, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class BackgroundThread:
             try:
                 while self._work() and not self._stopping:
                     pass
-            except (StoreUnavailable, StorageFull, OSError) as error:
+            except (StoreUnavailable, ObjectsUnavailable, StorageFull, OSError) as error:
                 logger.warning("%s: %s", self._thread.name, error)
                 pause_s = max(RETRY_S, self._every_s)
             except Exception:

@@ -73,6 +73,7 @@ def measure(
         own = settings.model_copy(
             update={
                 "data_dir": folder,
+                "storage_url": "",
                 "database_url": f"sqlite:///{folder / 'bench.db'}",
                 "order": "arrival",
                 "deduplicate": False,

@@ -17,7 +17,9 @@ from batch_app.finalize import Published, Unfinished, publish
 from batch_app.index import Index
 from batch_app.intake import index_file
 from batch_app.registry import ModelRegistry
+from batch_app.result_copies import fetch_results_log
 from batch_app.results import ResultsLog
+from batch_app.shared_files import fetch_index, fetch_input
 from batch_app.validation import intake_rules
 
 
@@ -51,11 +53,12 @@ def close_with_results_so_far(
     """Publish a line for every request; nothing where the lines were never checked, or can't be
     read any more. The store is the caller's to tell, under the epoch that the batch has here.
 
-    Raises StorageFull, ResultsLogError, OSError.
+    Raises StorageFull, ObjectsUnavailable, ResultsLogError, OSError.
     """
     index = _index(batch, data, settings, registry)
     if index is None:
         return Closed(Published(None, None), batch.progress)
+    fetch_results_log(data, batch.id, data.work_dir(batch.id))
     log = ResultsLog(data.work_dir(batch.id), len(index), batch.epoch)
     try:
         return Closed(publish(data, batch, index, log, unfinished, now), log.progress)
@@ -68,13 +71,13 @@ def _index(
 ) -> Index | None:
     if batch.queued_at is None:
         return None
-    folder = data.work_dir(batch.id)
+    folder = fetch_index(data, batch.id)
     with suppress(IndexUnreadable):
         return Index.load(folder)
     folder.mkdir(exist_ok=True)
     try:
         index_file(
-            data.input_file(batch.input_file_id), folder, intake_rules(batch, settings, registry)
+            fetch_input(data, batch.input_file_id), folder, intake_rules(batch, settings, registry)
         )
     except (BadLines, FileNotFoundError):
         return None  # the bytes are damaged or gone: ending it is all that can be done

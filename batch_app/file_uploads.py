@@ -16,6 +16,7 @@ from batch_app.files import (
     no_room_is_storage_full,
 )
 from batch_app.incoming import Incoming, UploadServices
+from batch_app.shared_files import fetch_part, share_input, share_part
 
 COPY_BYTES = 1 << 20
 #: Seconds that a file may be set to live: an hour to thirty days.
@@ -77,6 +78,7 @@ class FileUpload(Incoming[StoredFile]):
         self._leftovers.append(path)
         with no_room_is_storage_full("receiving the upload"):
             move_durably(self._path, path)
+        share_input(services.data, file.id)
         services.store.add_file(file)
         self._leftovers.clear()
         return file
@@ -107,6 +109,7 @@ class PartUpload(Incoming[UploadPart]):
         with no_room_is_storage_full("receiving the upload"):
             path.parent.mkdir(exist_ok=True)
             move_durably(self._path, path)
+        share_part(services.data, upload.id, part.id)
         try:
             services.store.add_part(part)
         except Conflict:  # it ended meanwhile: nobody else would remove the folder
@@ -130,6 +133,7 @@ def assemble(
         BadRequest: the parts don't make up what was announced (size, or `md5`, in hex).
         FileNotFoundError: the upload ended meanwhile, and its parts are gone.
         StorageFull: there is no room for the file beside its parts.
+        ObjectsUnavailable.
     """
     num_bytes = sum(part.size_bytes for part in parts)
     if num_bytes != upload.size_bytes:
@@ -141,7 +145,7 @@ def assemble(
     digest = hashlib.md5(usedforsecurity=False)
     with atomic_writer(data.input_file(file_id)) as target:
         for part in parts:
-            with (data.upload_dir(upload.id) / part.id).open("rb") as source:
+            with fetch_part(data, upload.id, part.id).open("rb") as source:
                 while chunk := source.read(COPY_BYTES):
                     digest.update(chunk)
                     target.write(chunk)
@@ -151,6 +155,7 @@ def assemble(
                 "or the order is wrong.",
                 param="md5",
             )
+    share_input(data, file_id)
     life_s = upload.file_expires_after_s
     return StoredFile(
         id=file_id,

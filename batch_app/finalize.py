@@ -19,6 +19,7 @@ from batch_app.files import DataDir, atomic_writer, derived_file_id, sync_dir
 from batch_app.index import Index
 from batch_app.inputs import InputFile
 from batch_app.results import ResultsLog
+from batch_app.shared_files import fetch_input, share_output, share_results
 from batch_app.wire.lines import error_line
 
 WRITE_BUFFER_BYTES = 1 << 20
@@ -64,6 +65,7 @@ def publish(
 
     Raises:
         StorageFull: nothing half-written remains, the results log is as it was.
+        ObjectsUnavailable: the same; the files are to be published again.
         ValueError: a request has no result and `unfinished` is None.
     """
     output_id, errors_id = derived_file_id(batch, "output"), derived_file_id(batch, "errors")
@@ -75,6 +77,7 @@ def publish(
             for number in range(len(index)):
                 output.write(log.read(number) + b"\n")
         _same_file(output_path, results_path)
+        share_output(data, output_id)
         return Published(_record(output_id, output_path, "output", batch, now), None)
 
     with contextlib.ExitStack() as stack:
@@ -83,7 +86,7 @@ def publish(
         good: BinaryIO | None = None
         if num_good:
             good = stack.enter_context(atomic_writer(output_path))
-        inputs = stack.enter_context(InputFile(data.input_file(batch.input_file_id), index))
+        inputs = stack.enter_context(InputFile(fetch_input(data, batch.input_file_id), index))
         for number in range(len(index)):
             status = log.status_code(number)
             if status:
@@ -101,6 +104,10 @@ def publish(
                 good.write(line)
             else:
                 errors.write(line)
+    share_output(data, errors_id)
+    if num_good:
+        share_output(data, output_id)
+        share_results(data, batch)
     return Published(
         _record(output_id, output_path, "output", batch, now) if num_good else None,
         _record(errors_id, errors_path, "errors", batch, now),

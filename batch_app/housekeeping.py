@@ -26,11 +26,12 @@ from batch_app.core import (
 )
 from batch_app.errors import Conflict, LeaseLost, NotFound
 from batch_app.faults import crash_point
-from batch_app.files import DataDir, remove_tree
+from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED
 from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
+from batch_app.shared_files import remove_file, remove_upload, remove_work, share_log
 from batch_app.store import Store
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ SWEEP_EVERY = timedelta(minutes=10)
 
 @dataclass
 class Housekeeping:
-    """One round is `run_once`; it raises StoreUnavailable, StorageFull or OSError."""
+    """One round is `run_once`; it raises StoreUnavailable, ObjectsUnavailable, StorageFull or
+    OSError."""
 
     settings: Settings
     data: DataDir
@@ -84,7 +86,8 @@ class Housekeeping:
                 f"{to.value} {'without its worker' if batch.started_at else 'before it started'}: "
                 f"{closed.progress.done} of {batch.total} requests are done"
             )
-            remove_tree(self.data.work_dir(batch.id))
+            share_log(self.data, batch.id)
+            remove_work(self.data, batch.id)
         return True
 
     def _remove_expired_files(self) -> bool:
@@ -108,7 +111,7 @@ class Housekeeping:
     def _end_expired_uploads(self) -> None:
         for upload in self.store.expired_uploads(self.clock()):
             if self.store.get_upload(upload.id, self.clock()).status is UploadStatus.EXPIRED:
-                remove_tree(self.data.upload_dir(upload.id))
+                remove_upload(self.data, upload.id)
 
     def _sweep(self) -> None:
         now = self.clock()
@@ -134,10 +137,7 @@ def remove_bytes(data: DataDir, store: Store, file: StoredFile) -> None:
 
     With a published file goes the file of all lines of its batch: it holds the same answers.
     """
-    if file.purpose is FilePurpose.BATCH:
-        data.input_file(file.id).unlink(missing_ok=True)
-        return
-    data.output_file(file.id).unlink(missing_ok=True)
-    batch_id = store.batch_of_output(file.id)
-    if batch_id is not None:
-        data.results_file(store.get_batch(batch_id)).unlink(missing_ok=True)
+    batch_id = None
+    if file.purpose is FilePurpose.BATCH_OUTPUT:
+        batch_id = store.batch_of_output(file.id)
+    remove_file(data, file, None if batch_id is None else store.get_batch(batch_id))

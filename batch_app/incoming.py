@@ -79,6 +79,7 @@ async def receive(
         StorageFull: there is no room.
         TooMany: its owner has too many uploads under way.
         StoreUnavailable: the database does not answer.
+        ObjectsUnavailable: the object storage does not answer.
         … and what the kind of upload adds. Whatever is raised, nothing of the upload remains.
     """
     _check_headers(incoming.services.settings, headers)

@@ -43,6 +43,7 @@ def own_data(settings: Settings, output: Path) -> Settings:
     folder = work_folder(output)
     changes: dict[str, object] = {
         "data_dir": folder,
+        "storage_url": "",
         "database_url": f"sqlite:///{folder / 'database' / 'batch_jobs.db'}",
         "models": folder / "models.toml",
     }

@@ -67,7 +67,7 @@ def fetch_results_log(
 
 @contextmanager
 def results_so_far(data: DataDir, batch: Batch) -> Iterator[Path]:
-    """A folder with the results log of a batch that runs, here or elsewhere. It may be gone after."""
+    """A folder with the results log of a batch that runs, here or elsewhere."""
     here = data.work_dir(batch.id)
     segments = live_segments(here) if data.objects is not None else []
     if data.objects is None or (segments and segments[-1].epoch == batch.epoch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -28,9 +29,18 @@ from batch_app.files import (
 from batch_app.intake import index_file
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.registry import ModelRegistry
+from batch_app.shared_files import (
+    fetch_input,
+    fetch_results_file,
+    share_index,
+    share_input,
+    share_log,
+)
 from batch_app.store import Store
 from batch_app.validation import intake_rules, window_end
 from batch_app.webhooks import Webhook, new_webhook_id
+
+T = TypeVar("T")
 
 
 def retry_batch(
@@ -53,6 +63,7 @@ def retry_batch(
         Conflict: it has not finished, never had requests, or none of them failed.
         NotFound: its files were deleted.
         StorageFull: there is no room; nothing remains.
+        ObjectsUnavailable: nothing remains.
         TooMany: its owner has too many batches that have not finished.
     """
     store.require_room(batch.owner, settings.max_unfinished_batches)
@@ -62,10 +73,12 @@ def retry_batch(
         raise Conflict(
             f"No request of {batch.id} failed: there is nothing to retry.", code="nothing_to_retry"
         )
-    input_path, results_path = data.input_file(batch.input_file_id), data.results_file(batch)
-    if not input_path.exists():
+    deleted = [file_id for file_id, live in _live(store, batch).items() if not live]
+    input_path = _there(fetch_input, data, batch.input_file_id)
+    if input_path is None or batch.input_file_id in deleted:
         raise NotFound(f"The input file of {batch.id} was deleted.", param="batch_id")
-    if not results_path.exists():
+    results_path = _there(fetch_results_file, data, batch)
+    if results_path is None or deleted:
         raise NotFound(f"The results of {batch.id} were deleted.", param="batch_id")
     leftovers = []
     try:
@@ -90,6 +103,8 @@ def retry_batch(
             move_durably(source, data.input_file(input_file.id))
             sync_dir(folder)
             move_durably(folder, data.work_dir(again.id))
+        share_input(data, input_file.id)
+        share_index(data, again.id)
         created = store.add_batch(
             again,
             input_file,
@@ -107,9 +122,24 @@ def retry_batch(
     BatchLog(data.log_file(again.id)).write(
         f"submitted: {summary.num_requests} requests that failed in {batch.id}"
     )
+    share_log(data, again.id)
     with suppress(OSError):
         wake_workers(data)
     return again
+
+
+def _live(store: Store, batch: Batch) -> dict[str, bool]:
+    """Of this batch's files: whether they have not been deleted. Another machine may still hold
+    copies of one that was."""
+    names = (batch.input_file_id, batch.output_file_id, batch.error_file_id)
+    return store.which_files_live([name for name in names if name])
+
+
+def _there(fetch: Callable[[DataDir, T], Path], data: DataDir, what: T) -> Path | None:
+    with suppress(FileNotFoundError):
+        path = fetch(data, what)
+        return path if path.exists() else None
+    return None
 
 
 def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetime) -> Batch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
@@ -40,7 +40,7 @@ from batch_app.errors import (
     StoreUnavailable,
 )
 from batch_app.faults import crash_point
-from batch_app.files import DataDir, remove_tree
+from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.foresight import Foresight
 from batch_app.index import Index
@@ -53,7 +53,9 @@ from batch_app.outlook import Left, Outlook
 from batch_app.planner import Group, plan
 from batch_app.provenance import model_revision, run_facts, with_run
 from batch_app.registry import ModelEntry, ModelRegistry
+from batch_app.result_copies import ResultCopies, fetch_results_log
 from batch_app.results import ResultsLog
+from batch_app.shared_files import fetch_index, fetch_input, remove_work, share_log
 from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.warmup import Warmup
@@ -93,13 +95,15 @@ class Runner:
 
         Raises:
             LeaseLost: another worker has it.
-            StorageFull, ResultsLogError, StoreUnavailable, OSError, EngineUnavailable: it can't go
-                on at the moment; what is committed stays, and the caller gives the batch back.
+            StorageFull, ResultsLogError, StoreUnavailable, ObjectsUnavailable, OSError,
+                EngineUnavailable: it can't go on at the moment; what is committed stays, and the
+                caller gives the batch back.
         """
         self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
         batch_log = BatchLog(self._data.log_file(batch.id))
         crash_point("claimed")
         batch_log.write(f"Claimed by worker {batch.lease_owner} (claim {batch.epoch}).")
+        copied = self._fetch(batch, batch_log)
         index = self._load_index(batch, batch_log)
         log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
         try:
@@ -120,14 +124,34 @@ class Runner:
                 settings=self._settings,
                 clock=self._clock,
             )
-            with _running(keeper):
-                _Run(self, batch, index, log, batch_log, keeper).to_the_end()
+            copies = ResultCopies(self._data, batch, log, batch_log, self._settings, copied)
+            with _running(copies), _running(keeper):
+                _Run(self, batch, index, log, batch_log, keeper, copies).to_the_end()
         finally:
             log.close()
 
     def expected_run_s(self, waiting: Waiting) -> float | None:
         """How long a batch that waits may be expected to run, loading included."""
         return self.outlook.usual_run_s(waiting.model, waiting.num_requests)
+
+    def _fetch(self, batch: Batch, batch_log: BatchLog) -> dict[str, int]:
+        """Bring here what the object storage has of the batch. Returns what it has of the log."""
+        if self._data.objects is None:
+            return {}
+        next_beat = time.monotonic() + self._settings.heartbeat_s
+
+        def keep() -> None:
+            nonlocal next_beat
+            if time.monotonic() >= next_beat:
+                next_beat = time.monotonic() + self._settings.heartbeat_s
+                with suppress(StoreUnavailable):
+                    self._store.renew(batch, lease_s=self._settings.lease_s)
+
+        fetch_input(self._data, batch.input_file_id, keep)
+        fetch_index(self._data, batch.id, keep)
+        copied = fetch_results_log(self._data, batch.id, self._data.work_dir(batch.id), keep)
+        share_log(self._data, batch.id)
+        return copied
 
     def _load_index(self, batch: Batch, batch_log: BatchLog) -> Index:
         folder = self._data.work_dir(batch.id)
@@ -141,12 +165,12 @@ class Runner:
 
 
 @contextmanager
-def _running(keeper: Keeper) -> Iterator[None]:
-    keeper.start()
+def _running(threads: Keeper | ResultCopies) -> Iterator[None]:
+    threads.start()
     try:
         yield
     finally:
-        keeper.stop()
+        threads.stop()
 
 
 class _Run:
@@ -160,7 +184,9 @@ class _Run:
         log: ResultsLog,
         batch_log: BatchLog,
         keeper: Keeper,
+        copies: ResultCopies,
     ) -> None:
+        self._copies = copies
         self._runner = runner
         self._settings = runner._settings
         self._batch = batch
@@ -377,12 +403,14 @@ class _Run:
     def _give_back(self) -> None:
         progress = self._keeper.flush()
         self._keeper.stop()
+        self._copies.stop()
         self._runner._store.release(self._batch)
         crash_point("given-back")
         self._batch_log.write(
             f"The worker stops: given back with {progress.done:,} of {len(self._index):,} done. "
             "The next worker goes on from here."
         )
+        share_log(self._runner._data, self._batch.id)
 
     def _finish(self, to: BatchStatus | None, message: str | None = None) -> None:
         runner, batch = self._runner, self._batch
@@ -425,7 +453,9 @@ class _Run:
         )
         if to in (BatchStatus.COMPLETED, BatchStatus.FAILED):
             self._write_benchmark(failed=to is BatchStatus.FAILED)
-        remove_tree(runner._data.work_dir(batch.id))
+        self._copies.end()
+        share_log(runner._data, batch.id)
+        remove_work(runner._data, batch.id)
 
     def _move(self, to: BatchStatus, **values: Any) -> Batch:
         """Change the batch's state. A wish to cancel that came just now goes first."""

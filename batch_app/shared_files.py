@@ -228,7 +228,11 @@ def in_order(logs: Iterable[bytes]) -> bytes:
     lines = [
         [line for line in log.splitlines(keepends=True) if line.endswith(b"\n")] for log in logs
     ]
-    return b"".join(merge(*lines, key=lambda line: line[:_STAMP_CHARS]))
+    return b"".join(merge(*lines, key=_stamp))
+
+
+def _stamp(line: bytes) -> bytes:
+    return line[:_STAMP_CHARS]
 
 
 def _log_name(data: DataDir, batch_id: str) -> str:
@@ -253,9 +257,7 @@ def folder_id(data: DataDir) -> str:
 # -- inside ----------------------------------------------------------------------------------------
 
 
-def _fetched(
-    data: DataDir, name: str, path: Path, on_block: Callable[[], None] = _nothing
-) -> Path:
+def _fetched(data: DataDir, name: str, path: Path, on_block: Callable[[], None] = _nothing) -> Path:
     """A copy appears under `path` whole or not at all."""
     if data.objects is None:
         return path

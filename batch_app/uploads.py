@@ -27,6 +27,7 @@ from batch_app.incoming import Incoming, UploadServices
 from batch_app.intake import Intake, IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelEntry
 from batch_app.shapes import BodyLimits
+from batch_app.shared_files import share_index, share_input, share_log
 from batch_app.webhook_targets import requested_webhook
 from batch_app.webhooks import Webhook
 
@@ -172,6 +173,8 @@ class BatchUpload(Incoming[Batch]):
             f"submitted: {summary.num_requests} requests, {self._size_bytes} bytes, "
             f"model {model.name}"
         )
+        share_input(data, input_file.id)
+        share_index(data, batch.id)
         batch = replace(batch, workload=self.services.appraise(batch))
         created = self.services.store.add_batch(
             batch,
@@ -186,6 +189,7 @@ class BatchUpload(Incoming[Batch]):
             return created  # the same form went through another server, at the same time
         self.webhook = webhook
         self._leftovers.clear()
+        share_log(data, batch.id)
         with suppress(OSError):  # the batch is queued; a worker that isn't woken polls
             wake_workers(data)
         self.services.queued()

@@ -22,6 +22,7 @@ from batch_app.errors import (
     BadRequest,
     Conflict,
     LeaseLost,
+    ObjectsUnavailable,
     StorageFull,
     StoreUnavailable,
 )
@@ -30,6 +31,7 @@ from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, 
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
 from batch_app.registry import ModelRegistry
 from batch_app.shapes import BodyLimits
+from batch_app.shared_files import fetch_input, remove_work, share_index, share_log
 from batch_app.store import Store
 
 #: What a dead server was checking is taken up after this.
@@ -74,7 +76,8 @@ class Validation:
     def run_once(self) -> bool:
         """Check one batch, if one waits for it. Returns whether one did.
 
-        Raises StoreUnavailable, StorageFull, OSError: the batch is checked again later.
+        Raises StoreUnavailable, ObjectsUnavailable, StorageFull, OSError: the batch is checked
+        again later.
         """
         batch = self.store.claim_to_validate(self.holder, LEASE_S)
         if batch is None:
@@ -86,7 +89,7 @@ class Validation:
         except _Stopping:
             self.store.release(batch)
             return False
-        except (StoreUnavailable, StorageFull, OSError):
+        except (StoreUnavailable, ObjectsUnavailable, StorageFull, OSError):
             with suppress(LeaseLost, StoreUnavailable, StorageFull):
                 self.store.release(batch)
             raise
@@ -94,14 +97,20 @@ class Validation:
 
     def _validate(self, batch: Batch) -> None:
         log = BatchLog(self.data.log_file(batch.id), clock=self.clock)
-        if not self.data.input_file(batch.input_file_id).exists():
+        keep = self._keeper_of(batch)
+        try:
+            input_path = fetch_input(self.data, batch.input_file_id, keep)
+        except FileNotFoundError:
+            input_path = None
+        if input_path is None or not input_path.exists():
             self._refuse(batch, [LineError("empty_file", "The input file's bytes are gone.")])
             return
         try:
-            summary = self._check(batch)
+            summary = self._check(batch, keep)
         except BadLines as refusal:
             self._refuse(batch, refusal.errors, refusal.message)
             log.write(f"refused: {refusal.num_errors} errors, the first: {refusal.errors[0].code}")
+            share_log(self.data, batch.id)
             return
         self.store.transition(
             batch,
@@ -117,22 +126,24 @@ class Validation:
             f"checked: {summary.num_requests} requests, "
             f"model{'s' if len(summary.models) > 1 else ''} {', '.join(summary.models)}"
         )
+        share_log(self.data, batch.id)
         wake_workers(self.data)
         self.queued()
 
-    def _check(self, batch: Batch) -> IntakeSummary:
+    def _check(self, batch: Batch, keep: Callable[[], None]) -> IntakeSummary:
         """Index the file beside its place, so that a crash leaves no half of an index."""
         with IncomingFolder(self.data) as folder, tracing.span("intake", batch.id):
             summary = index_file(
                 self.data.input_file(batch.input_file_id),
                 folder,
                 intake_rules(batch, self.settings, self.registry),
-                on_read=self._keeper_of(batch),
+                on_read=keep,
                 places=self.checker_places,
             )
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
+        share_index(self.data, batch.id)
         crash_point("check-moved")
         return summary
 
@@ -166,7 +177,7 @@ class Validation:
         """Remove the index of a batch that ended during its check. While it is `cancelling`, that
         is left to whoever ends it."""
         if self.store.get_batch(batch.id).is_terminal:
-            remove_tree(self.data.work_dir(batch.id))
+            remove_work(self.data, batch.id)
 
 
 def window_end(created_at: datetime, completion_window: str) -> datetime:

@@ -41,17 +41,20 @@ from batch_app.errors import (
     EngineUnavailable,
     LeaseLost,
     NotFound,
+    ObjectsUnavailable,
     ResultsLogError,
     StorageFull,
     StoreUnavailable,
 )
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
+from batch_app.objects import open_objects
 from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
 from batch_app.rests import Rests
 from batch_app.runner import Runner
 from batch_app.service import ServiceNotifier
+from batch_app.shared_files import remove_work, share_log
 from batch_app.store import Store, WorkerRow
 from batch_app.wakeup import WakeupFile
 
@@ -84,7 +87,7 @@ class Worker:
         self._settings = settings
         self._stop = stop
         self._clock = clock
-        self._data = DataDir(settings.data_dir)
+        self._data = DataDir(settings.data_dir, open_objects(settings))
         self._data.create()
         self._store = Store(settings.resolved_database_url)
         self._store.migrate()
@@ -210,7 +213,13 @@ class Worker:
             self._pause_s = 0.0
             rest_s = self._rests.begin(batch.id, error.model, error.retry_after_s)
             self._try_again_later(batch, batch_log, error, rest_s)
-        except (StorageFull, ResultsLogError, StoreUnavailable, OSError) as error:
+        except (
+            StorageFull,
+            ResultsLogError,
+            StoreUnavailable,
+            ObjectsUnavailable,
+            OSError,
+        ) as error:
             self._pause_s = min(max(1.0, 2 * self._pause_s), LONGEST_PAUSE_S)
             self._try_again_later(batch, batch_log, error, self._pause_s)
         except Exception as error:
@@ -234,6 +243,7 @@ class Worker:
             batch_log.write(f"Paused for {pause_s:.0f} s: {reason}")
         except OSError:
             logger.warning("The log of %s can't be written either.", batch.id)
+        share_log(self._data, batch.id)
         self._kept = (batch, reason)
         try:
             self._give_back()
@@ -262,8 +272,9 @@ class Worker:
                 **closed.for_store(),
                 error_message=message if to is BatchStatus.FAILED else None,
             )
-            remove_tree(self._data.work_dir(batch.id))
-        except (StorageFull, StoreUnavailable, OSError, Conflict) as error:
+            share_log(self._data, batch.id)
+            remove_work(self._data, batch.id)
+        except (StorageFull, StoreUnavailable, ObjectsUnavailable, OSError, Conflict) as error:
             # A conflict: it was cancelled just now. Housekeeping ends what nobody has.
             self._try_again_later(batch, batch_log, error, self._pause_s)
         except BatchAppError as error:
@@ -280,7 +291,7 @@ class Worker:
                 registry=ModelRegistry.load(self._settings.models),
                 now=self._clock(),
             )
-        except (StorageFull, OSError) as error:
+        except (StorageFull, ObjectsUnavailable, OSError) as error:
             if not isinstance(error, FileNotFoundError):
                 raise
             logger.exception("The results of %s can't be published.", batch.id)

@@ -11,6 +11,7 @@ from batch_app.core import BatchStatus
 from batch_app.dashboard.rendering import SEE_OTHER, read_form
 from batch_app.retry import retry_batch
 from batch_app.routes.services import caller, checked_batch_id, note_object, services
+from batch_app.shared_files import share_log
 
 router = APIRouter(include_in_schema=False)
 
@@ -25,6 +26,7 @@ async def cancel(request: Request, batch_id: str) -> Response:
         batch = own.store.request_cancel(checked_batch_id(batch_id), own.clock(), seen_by=asks)
         if batch.status is BatchStatus.CANCELLING:
             BatchLog(own.data.log_file(batch.id), clock=own.clock).write("cancel requested")
+            share_log(own.data, batch.id)
             own.housekeeping.wake()
         return batch.id
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -15,9 +16,10 @@ import orjson
 
 from batch_app.batch_log import printable
 from batch_app.core import Batch
+from batch_app.errors import ObjectsUnavailable
 from batch_app.files import DataDir
-from batch_app.results import iter_results
-from batch_app.routes.downloads import has_failed, lines_of_file
+from batch_app.routes.downloads import has_failed, lines_of_file, lines_so_far
+from batch_app.shared_files import fetch_output
 
 #: What is read at most. A batch may have millions of failures; the first ones tell why.
 MAX_FAILURES = 20_000
@@ -80,7 +82,7 @@ class FailureReader:
         """
         if batch.progress.failed == 0 and batch.error_file_id is None:
             return NONE
-        with self._lock:
+        with self._lock, suppress(ObjectsUnavailable):
             known = self._read.pop(batch.id, None)
             if batch.is_terminal and not self._has_file(batch):
                 return NONE
@@ -90,6 +92,7 @@ class FailureReader:
             if len(self._read) > MAX_REMEMBERED:
                 del self._read[next(iter(self._read))]
             return known.found
+        return NONE
 
     def _holds(self, known: _Read, batch: Batch) -> bool:
         if known.state == _state(batch):
@@ -98,14 +101,16 @@ class FailureReader:
 
     def _has_file(self, batch: Batch) -> bool:
         file_id = batch.error_file_id
-        return file_id is not None and self.data.output_file(file_id).exists()
+        with suppress(FileNotFoundError):
+            return file_id is not None and fetch_output(self.data, file_id).exists()
+        return False
 
     def _grouped(self, batch: Batch) -> Failures:
         try:
             if batch.is_terminal:
                 assert batch.error_file_id is not None
-                return grouped(lines_of_file(self.data.output_file(batch.error_file_id)))
-            return grouped(iter_results(self.data.work_dir(batch.id)))
+                return grouped(lines_of_file(fetch_output(self.data, batch.error_file_id)))
+            return grouped(lines_so_far(self.data, batch))
         except FileNotFoundError:
             return NONE
 

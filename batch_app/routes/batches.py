@@ -24,7 +24,7 @@ from batch_app.core import (
     Idempotency,
 )
 from batch_app.errors import BadRequest, Conflict
-from batch_app.files import new_id, remove_tree
+from batch_app.files import new_id
 from batch_app.incoming import receive
 from batch_app.keys import Caller
 from batch_app.retry import retry_batch
@@ -38,6 +38,7 @@ from batch_app.routes.services import (
     note_object,
     services,
 )
+from batch_app.shared_files import remove_work, share_log
 from batch_app.uploads import BatchUpload
 from batch_app.validation import window_end
 from batch_app.webhook_targets import requested_webhook
@@ -320,7 +321,7 @@ def cancel_pending_batch(
             f"POST /v1/batches/{batch_id}/cancel stops it and keeps the results so far.",
             code=conflict.code,
         ) from None
-    remove_tree(own.data.work_dir(batch.id))
+    remove_work(own.data, batch.id)
     _log(own, batch, "cancelled before it started")
     return _answer(own, batch, dialect)
 
@@ -373,6 +374,7 @@ def retry(request: Request, batch_id: str, dialect: Dialect | None = _FORMAT) ->
 
 def _log(own: Services, batch: Batch, message: str) -> None:
     BatchLog(own.data.log_file(batch.id), clock=own.clock).write(message)
+    share_log(own.data, batch.id)
 
 
 def _answer(

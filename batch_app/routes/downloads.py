@@ -12,11 +12,18 @@ import orjson
 from starlette.concurrency import run_in_threadpool
 
 from batch_app.core import Batch
+from batch_app.files import DataDir
 from batch_app.keys import Caller
+from batch_app.result_copies import results_so_far
+from batch_app.results import iter_results
 from batch_app.routes.services import Services
+from batch_app.shared_files import fetch_logs, in_order
 
 BLOCK_BYTES = 256 * 1024
 FOLLOW_INTERVAL_S = 0.25
+#: Where each look asks the object storage.
+FOLLOW_SHARED_INTERVAL_S = 2.0
+LAST_ROUNDS = 2
 
 
 class ResultFilter(StrEnum):
@@ -113,6 +120,44 @@ async def follow_log(
         else:
             await anyio.sleep(FOLLOW_INTERVAL_S)
             batch = await run_in_threadpool(own.store.get_batch, batch.id, seen_by=asks)
+
+
+async def follow_shared_log(
+    own: Services, asks: Caller, batch: Batch, tail: int | None
+) -> AsyncIterator[bytes]:
+    """The same where machines write parts of it: what is new of each, as it is copied."""
+    seen: dict[str, int] = {}
+    rounds_left = LAST_ROUNDS
+    while rounds_left:
+        if batch.is_terminal or own.stopping.is_set():
+            rounds_left -= 1  # its worker says its last word after the end
+        logs = await run_in_threadpool(fetch_logs, own.data, batch.id)
+        new = {name: log[seen.get(name, 0) :] for name, log in logs.items()}
+        whole = {name: part[: part.rfind(b"\n") + 1] for name, part in new.items()}
+        for name, part in whole.items():
+            seen[name] = seen.get(name, 0) + len(part)
+        block = in_order(whole.values())
+        if tail is not None:
+            block, tail = last_lines(block, tail), None
+        if block:
+            yield block
+        if own.stopping.is_set():
+            return
+        await anyio.sleep(FOLLOW_SHARED_INTERVAL_S)
+        batch = await run_in_threadpool(own.store.get_batch, batch.id, seen_by=asks)
+
+
+def last_lines(log: bytes, num_lines: int | None) -> bytes:
+    """All of them where the number is None."""
+    if num_lines is None:
+        return log
+    return b"".join(log.splitlines(keepends=True)[-num_lines:]) if num_lines else b""
+
+
+def lines_so_far(data: DataDir, batch: Batch) -> Iterator[bytes]:
+    """The results of a batch that runs, as far as this machine can know them."""
+    with results_so_far(data, batch) as folder:
+        yield from iter_results(folder)
 
 
 def _start_of_following(path: Path, tail: int | None) -> int:

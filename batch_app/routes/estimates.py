@@ -16,6 +16,7 @@ from batch_app.routes.answers import form_schema, json_answer, json_schema, refu
 from batch_app.routes.bodies import is_json, read_json
 from batch_app.routes.openai_files import checked_file_id
 from batch_app.routes.services import Services, caller, services
+from batch_app.shared_files import fetch_input
 from batch_app.wire.estimates import (
     BenchmarkListBody,
     DryRunBody,
@@ -79,9 +80,9 @@ def _of_file(own: Services, asks: Caller, wish: EstimateWish) -> DryRun:
             'purpose "batch".',
             param="input_file_id",
         )
-    path = own.data.input_file(file.id)
     with IncomingFolder(own.data) as folder:
         try:
+            path = fetch_input(own.data, file.id)
             return own.dry_runs.of(path, folder, wish.model or None)
         except FileNotFoundError:
             raise NotFound(f"No such file: {file.id}", param="input_file_id") from None

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from batch_app.core import FilePurpose, StoredFile, Upload, UploadPart, UploadStatus
 from batch_app.errors import BadRequest, Conflict, NotFound, TooLarge
 from batch_app.file_uploads import FileUpload, PartUpload, assemble, checked_purpose
-from batch_app.files import DataDir, new_id, remove_tree
+from batch_app.files import DataDir, new_id
 from batch_app.housekeeping import remove_bytes
 from batch_app.incoming import receive
 from batch_app.keys import Caller
@@ -30,8 +30,9 @@ from batch_app.routes.answers import (
     refusals,
 )
 from batch_app.routes.bodies import read_json
+from batch_app.routes.object_downloads import LINK, Link, download, download_link, link_answers
 from batch_app.routes.services import Services, caller, note_object, services
-from batch_app.routes.transfer import FileDownload
+from batch_app.shared_files import file_name, remove_upload
 from batch_app.store import require_pending
 from batch_app.wire.openai import (
     DeletedFileBody,
@@ -145,23 +146,25 @@ def get_file(request: Request, file_id: str) -> Response:
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
         **a_part_of("the file"),
-        **refusals(400, 404, 503),
+        **link_answers(),
+        **refusals(400, 404, 409, 503),
     },
 )
-def get_content(request: Request, file_id: str) -> Response:
+def get_content(request: Request, file_id: str, link: Link | None = LINK) -> Response:
     """The bytes of a file."""
     own = services(request)
     file = own.store.get_file(checked_file_id(file_id), seen_by=caller(request))
-    path = _path(own.data, file)
-    try:
-        known = path.stat()
-    except FileNotFoundError:
-        raise NotFound(f"The content of {file.id} is gone.", param="file_id") from None
     headers = {
         "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
         "x-content-type-options": "nosniff",
     }
-    return FileDownload(path, known, headers, JSONL)
+    name, path = file_name(file), _path(own.data, file)
+    try:
+        return download_link(own, name, link) or download(
+            request, own.data, name, path, file.created_at, headers
+        )
+    except FileNotFoundError:
+        raise NotFound(f"The content of {file.id} is gone.", param="file_id") from None
 
 
 @files_router.delete(
@@ -324,7 +327,7 @@ def _complete(own: Services, asks: Caller, upload_id: str, wish: UploadComplete)
     finally:
         if not completed:
             own.data.input_file(file.id).unlink(missing_ok=True)
-    remove_tree(own.data.upload_dir(upload.id))
+    remove_upload(own.data, upload.id)
     return upload_body(upload, own.retention.applied_to(file))
 
 
@@ -338,5 +341,5 @@ def cancel_upload(request: Request, upload_id: str) -> Response:
     own = services(request)
     asks = caller(request)
     upload = own.store.cancel_upload(_upload(own, asks, upload_id).id, seen_by=asks)
-    remove_tree(own.data.upload_dir(upload.id))
+    remove_upload(own.data, upload.id)
     return json_answer(upload_body(upload))

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from batch_app import __version__
 from batch_app.core import BatchStatus
-from batch_app.errors import StorageFull, StoreUnavailable
+from batch_app.errors import ObjectsUnavailable, StorageFull, StoreUnavailable
 from batch_app.metrics import CONTENT_TYPE, Reading, exposition
 from batch_app.routes.answers import refusals
 from batch_app.routes.services import Services, services
@@ -47,7 +47,7 @@ async def livez() -> Response:
 
 @router.get("/readyz", response_model=ReadyBody, responses={503: {"model": ReadyBody}})
 def readyz(request: Request) -> Response:
-    """The database answers and there is room for uploads."""
+    """The database answers, and the object storage if any, and there is room for uploads."""
     return _readiness(services(request))
 
 
@@ -109,6 +109,12 @@ def _readiness(own: Services, more: Mapping[str, str] = MappingProxyType({})) ->
         own.store.ping()
     except (StoreUnavailable, StorageFull):
         checks["database"] = "does not answer"
+    if own.data.objects is not None:
+        checks["object_storage"] = "ok"
+        try:
+            own.data.objects.ping()
+        except ObjectsUnavailable as error:
+            checks["object_storage"] = error.message
     free_bytes = shutil.disk_usage(own.data.root).free
     if free_bytes < own.settings.min_free_bytes:
         checks["disk"] = f"less than {own.settings.min_free_bytes} bytes free (min_free_bytes)"

@@ -10,18 +10,22 @@ from starlette.responses import Response, StreamingResponse
 
 from batch_app.core import Batch
 from batch_app.errors import BadRequest, Conflict, NotFound
-from batch_app.results import iter_results
 from batch_app.routes.answers import JSONL, a_part_of, refusals
 from batch_app.routes.downloads import (
     ResultFilter,
     follow_log,
+    follow_shared_log,
     in_blocks,
+    last_lines,
     lines_of_file,
+    lines_so_far,
     log_blocks,
     selected,
 )
+from batch_app.routes.object_downloads import LINK, Link, download, download_link, link_answers
 from batch_app.routes.services import Services, caller, checked_batch_id, services
-from batch_app.routes.transfer import FileDownload, streamed
+from batch_app.routes.transfer import streamed
+from batch_app.shared_files import fetch_logs, fetch_results_file, in_order, results_name
 from batch_app.wire.native import STATUS_NAMES
 
 router = APIRouter(tags=["batches"])
@@ -46,6 +50,7 @@ def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
             "content": {JSONL: {"schema": {"type": "string"}}},
         },
         **a_part_of("the results of a finished batch"),
+        **link_answers(),
         **refusals(400, 404, 409, 503),
     },
 )
@@ -53,6 +58,7 @@ def get_results(
     request: Request,
     batch_id: str,
     status: str | None = Query(None, description="`failed` or `completed`: only those lines."),
+    link: Link | None = LINK,
 ) -> Response:
     """The results: all of them when the batch has finished, else those so far."""
     own, batch = _batch(request, batch_id)
@@ -65,18 +71,31 @@ def get_results(
             headers["x-results-complete"] = "false"
             return streamed(request, in_blocks(selected(lines, wanted)), headers, JSONL)
         batch = own.store.get_batch(batch.id, seen_by=caller(request))
-    path = own.data.results_file(batch)
+    path, name = own.data.results_file(batch), results_name(batch)
+    headers["x-results-complete"] = "true"
     try:
-        known = path.stat()
+        if own.data.objects is not None:
+            _require_live(own, batch)  # another machine may have deleted what is still here
+        if wanted is None:
+            return download_link(own, name, link) or download(
+                request, own.data, name, path, batch.ended_at or batch.created_at, headers
+            )
+        path = fetch_results_file(own.data, batch)
+        path.stat()
     except FileNotFoundError:
         raise NotFound(
             f"Batch {batch.id} has no results: it is {STATUS_NAMES[batch.status]}"
             f"{f' ({batch.error_message})' if batch.error_message else ''}."
         ) from None
-    headers["x-results-complete"] = "true"
-    if wanted is None:
-        return FileDownload(path, known, headers, JSONL)
     return streamed(request, in_blocks(selected(lines_of_file(path), wanted)), headers, JSONL)
+
+
+def _require_live(own: Services, batch: Batch) -> None:
+    """Raises FileNotFoundError where a published file of this batch was deleted."""
+    names = [name for name in (batch.output_file_id, batch.error_file_id) if name]
+    live = own.store.which_files_live(names)
+    if not all(live.get(name, False) for name in names):
+        raise FileNotFoundError(f"Files of {batch.id} were deleted.")
 
 
 def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
@@ -86,14 +105,14 @@ def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
             f"Batch {batch.id} is pending: no request has run yet, so there are no results.",
             code="no_results_yet",
         )
-    work_dir = own.data.work_dir(batch.id)
-    lines = iter_results(work_dir)
+    lines = lines_so_far(own.data, batch)
     try:
         first = next(lines, None)  # the files are open from here on
     except FileNotFoundError:
         return None
     if first is None:
-        return iter(()) if work_dir.is_dir() else None
+        batch = own.store.get_batch(batch.id)
+        return None if batch.is_terminal else iter(())
     return chain([first], lines)
 
 
@@ -127,6 +146,12 @@ def get_logs(
     own, batch = _batch(request, batch_id)
     path = own.data.log_file(batch.id)
     headers = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+    if own.data.objects is not None:
+        if follow:
+            content = follow_shared_log(own, caller(request), batch, tail)
+            return StreamingResponse(content, headers=headers, media_type="text/plain")
+        text = last_lines(in_order(fetch_logs(own.data, batch.id).values()), tail)
+        return Response(text, headers=headers, media_type="text/plain")
     if follow:
         content = follow_log(own, caller(request), batch, path, tail)
         return StreamingResponse(content, headers=headers, media_type="text/plain")

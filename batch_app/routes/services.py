@@ -32,6 +32,7 @@ from batch_app.housekeeping import Housekeeping
 from batch_app.idempotency import KeysInUse
 from batch_app.incoming import MAX_BUSY_UPLOADS, UploadServices
 from batch_app.keys import Caller
+from batch_app.objects import open_objects
 from batch_app.outbox import Outbox, tls_context
 from batch_app.outlook import Outlook
 from batch_app.registry import ModelRegistry
@@ -77,7 +78,7 @@ class Services:
         """
         registry = ModelRegistry.load(settings.models)
         tls_context(settings)  # a file of certificates that can't be read is said at the start
-        data = DataDir(settings.data_dir)
+        data = DataDir(settings.data_dir, open_objects(settings))
         data.create()
         data.sweep_incoming()
         store = Store(settings.resolved_database_url)

@@ -84,7 +84,7 @@ class FileDownload(FileResponse):
         etag = self.headers["etag"]
         gzip_etag = f'{etag[:-1]}-gzip"'
         compresses = accepts_gzip(asked) and "range" not in asked
-        if self._is_known(asked, {etag, gzip_etag}):
+        if is_known(asked, {etag, gzip_etag}, self.headers["last-modified"]):
             kept = {name: self.headers[name] for name in ("last-modified", "vary")}
             kept["etag"] = gzip_etag if compresses else etag
             return Response(status_code=304, headers=kept)
@@ -99,19 +99,20 @@ class FileDownload(FileResponse):
         blocks = () if method == "HEAD" else gzipped(blocks_of_file(Path(self.path)))
         return StreamingResponse(blocks, headers=headers, media_type=self.media_type)
 
-    def _is_known(self, asked: Headers, etags: set[str]) -> bool:
-        named = asked.get("if-none-match")
-        if named is not None:
-            tags = {tag.strip().removeprefix("W/") for tag in named.split(",")}
-            return "*" in tags or bool(tags & etags)
-        since = asked.get("if-modified-since")
-        if since is None:
-            return False
-        try:
-            known = parsedate_to_datetime(since)
-            return parsedate_to_datetime(self.headers["last-modified"]) <= known
-        except (ValueError, TypeError):  # not a date, or one without a zone
-            return False
+
+def is_known(asked: Headers, etags: set[str], last_modified: str) -> bool:
+    """Whether the client has it already, by what it says with its request."""
+    named = asked.get("if-none-match")
+    if named is not None:
+        tags = {tag.strip().removeprefix("W/") for tag in named.split(",")}
+        return "*" in tags or bool(tags & etags)
+    since = asked.get("if-modified-since")
+    if since is None:
+        return False
+    try:
+        return parsedate_to_datetime(last_modified) <= parsedate_to_datetime(since)
+    except (ValueError, TypeError):  # not a date, or one without a zone
+        return False
 
 
 def streamed(

@@ -14,7 +14,6 @@ from batch_app.objects import READ_BYTES, Objects
 from support.object_stores import PART_BYTES, S3Server
 
 
-
 def test_what_is_put_can_be_read(objects: Objects) -> None:
     objects.put("input/a.jsonl", b"one")
     assert objects.get("input/a.jsonl") == b"one"
