@@ -36,7 +36,8 @@ class BackgroundThread:
         """Ask it to end, and wait so long at most; what it is at is safe to cut off."""
         self._stopping = True
         self._wake.set()
-        self._thread.join(timeout_s)
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
 
     def _run(self) -> None:
         while not self._stopping:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
 from batch_app.batch_log import BatchLog
+from batch_app.cache import evict
 from batch_app.closing import close_with_results_so_far
 from batch_app.config import Settings
 from batch_app.core import (
@@ -28,6 +29,7 @@ from batch_app.errors import Conflict, LeaseLost, NotFound
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED
+from batch_app.object_sweep import remove_orphan_objects
 from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
 from batch_app.retention import Retention
@@ -41,6 +43,8 @@ LEASE_S = 300.0
 #: How long a client may repeat a request under its Idempotency-Key.
 KEYS_KEPT = timedelta(days=2)
 SWEEP_EVERY = timedelta(minutes=10)
+#: A listing of everything.
+OBJECT_SWEEP_EVERY = timedelta(hours=1)
 
 
 @dataclass
@@ -55,6 +59,7 @@ class Housekeeping:
     holder: str
     clock: Callable[[], datetime] = utc_now
     _next_sweep: datetime | None = field(default=None, init=False)
+    _next_object_sweep: datetime | None = field(default=None, init=False)
 
     def run_once(self) -> bool:
         """Do what is due. Returns whether there may be more."""
@@ -123,13 +128,20 @@ class Housekeeping:
             kept = timedelta(seconds=self.settings.retention_webhook_s)
             self.store.forget_deliveries(now - kept)
         kept_s = self.settings.retention_log_s
+        ended_before = now - timedelta(seconds=kept_s) if kept_s else None
         num_removed = self.data.sweep_incoming() + remove_orphans(
-            self.data,
-            self.store,
-            logs_ended_before=now - timedelta(seconds=kept_s) if kept_s else None,
+            self.data, self.store, logs_ended_before=ended_before
         )
         if num_removed:
             logger.info("Removed %d files and folders that nothing needs any more.", num_removed)
+        evict(self.data, self.settings.storage_cache_bytes)
+        if self._next_object_sweep is None or now >= self._next_object_sweep:
+            self._next_object_sweep = now + OBJECT_SWEEP_EVERY
+            num_removed = remove_orphan_objects(
+                self.data, self.store, logs_ended_before=ended_before
+            )
+            if num_removed:
+                logger.info("Removed %d objects that nothing needs any more.", num_removed)
 
 
 def remove_bytes(data: DataDir, store: Store, file: StoredFile) -> None:

@@ -38,15 +38,8 @@ def remove_orphans(
     """
     if store.is_empty():
         return 0  # a new store beside old files: rather lost than meant to be
-    judges: dict[str, Callable[[Sequence[Path]], Verdicts]] = {
-        "input": lambda paths: _inputs(store, paths),
-        "output": lambda paths: _outputs(store, paths),
-        "active": lambda paths: _work_dirs(store, paths),
-        "uploads": lambda paths: _parts(store, paths),
-        "logs": lambda paths: _logs(store, paths, logs_ended_before),
-    }
     num_removed = 0
-    for folder, judge in judges.items():
+    for folder, judge in judges(store, logs_ended_before).items():
         entries = (data.batches / folder).iterdir()
         while paths := list(islice(entries, AT_ONCE)):
             verdicts = judge(paths)
@@ -56,6 +49,20 @@ def remove_orphans(
                     remove_tree(path)
                     num_removed += 1
     return num_removed
+
+
+def judges(
+    store: Store, logs_ended_before: datetime | None
+) -> dict[str, Callable[[Sequence[Path]], Verdicts]]:
+    """By folder under `batches/`: who says which of its files have to stay. Only their names are
+    looked at."""
+    return {
+        "input": lambda paths: _inputs(store, paths),
+        "output": lambda paths: _outputs(store, paths),
+        "active": lambda paths: _work_dirs(store, paths),
+        "uploads": lambda paths: _parts(store, paths),
+        "logs": lambda paths: _logs(store, paths, logs_ended_before),
+    }
 
 
 def _is_old(path: Path, older_than_s: float) -> bool:

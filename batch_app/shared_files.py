@@ -174,8 +174,12 @@ def fetch_output(data: DataDir, file_id: str) -> Path:
 
 
 def fetch_results_file(data: DataDir, batch: Batch) -> Path:
-    """All lines of a finished batch."""
-    return _fetched(data, results_name(batch), data.results_file(batch))
+    """All lines of a finished batch. What has one file only is kept here once."""
+    path, only = data.results_file(batch), batch.output_file_id or batch.error_file_id
+    has_both = batch.output_file_id and batch.error_file_id
+    if data.objects is not None and only and not has_both and not path.exists():
+        return fetch_output(data, only)
+    return _fetched(data, results_name(batch), path)
 
 
 def remove_file(data: DataDir, file: StoredFile, batch: Batch | None) -> None:

@@ -17,15 +17,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from batch_app import floors, logs, tracing
+from batch_app.background import BackgroundThread
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
+from batch_app.cache import evict
 from batch_app.clock import DueClock
 from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.config import Settings, load_settings
@@ -49,6 +51,7 @@ from batch_app.errors import (
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.objects import open_objects
+from batch_app.orphans import remove_orphans
 from batch_app.queue import choose
 from batch_app.registry import ModelRegistry
 from batch_app.rests import Rests
@@ -66,6 +69,7 @@ EXIT_AT_ONCE = 130
 #: doesn't notice, somebody who asks for its status does. A GPU's work isn't slowed by it.
 NICENESS = 5
 LONGEST_PAUSE_S = 60.0
+TIDY_EVERY_S, TIDY_STOP_S = 600.0, 5.0
 #: To write the files of a batch that met a defect; its keeper, which renews the lease, has ended.
 CLOSING_LEASE_S = 300.0
 
@@ -122,12 +126,15 @@ class Worker:
         self._batch_id: str | None = None
         self._pause_s = 0.0
         self._rests = Rests()
+        self._tidying = BackgroundThread("cache", self._tidy, TIDY_EVERY_S)
         self._kept: tuple[Batch, str] | None = None  # still to be given back, and why
 
     def run(self) -> None:
         """Work until `stop` is set."""
         heart = threading.Thread(target=self._beat, name="heart", daemon=True)
         heart.start()
+        if self._data.objects is not None:
+            self._tidying.start()
         self._notifier.ready()
         try:
             self._sweep_work_dirs()
@@ -150,6 +157,7 @@ class Worker:
             self._slot.close()
             self._stop.set()
             heart.join()
+            self._tidying.stop(TIDY_STOP_S)
             self._leave()
 
     # -- the queue -----------------------------------------------------------------------------
@@ -316,6 +324,15 @@ class Worker:
                 continue  # an upload on its way
             except StoreUnavailable:
                 return
+
+    def _tidy(self) -> bool:
+        """Without a shared folder there may be no server here that does it: what was deleted
+        elsewhere goes here too, and copies that were not used for long."""
+        kept_s = self._settings.retention_log_s
+        ended_before = self._clock() - timedelta(seconds=kept_s) if kept_s else None
+        remove_orphans(self._data, self._store, logs_ended_before=ended_before)
+        evict(self._data, self._settings.storage_cache_bytes)
+        return False
 
     def _count_load(self, model: str, load_s: float | None) -> None:
         try:

@@ -11,7 +11,8 @@ from pathlib import Path
 from batch_app.config import Settings
 from batch_app.database import sqlite_path
 from batch_app.doctor.finding import Finding, fail, ok, size, warn
-from batch_app.errors import StorageFull, StoreUnavailable
+from batch_app.errors import ConfigError, ObjectsUnavailable, StorageFull, StoreUnavailable
+from batch_app.objects import open_objects
 from batch_app.origins import masked
 from batch_app.store import Store
 
@@ -25,6 +26,8 @@ def look_at_storage(settings: Settings) -> Iterator[Finding]:
     yield from _folder("data folder", settings.data_dir, settings.min_free_bytes)
     yield from _folder("benchmarks", settings.benchmarks_dir, 0)
     yield _database(settings)
+    if settings.storage_url:
+        yield _objects(settings)
 
 
 def has_database(settings: Settings) -> bool:
@@ -99,6 +102,24 @@ def _file_system(folder: Path) -> str:
         return ""
     mounts = [(row[1], row[2]) for row in rows if len(row) > 2 and folder.is_relative_to(row[1])]
     return max(mounts, key=lambda mount: len(mount[0]), default=("", ""))[1]
+
+
+def _objects(settings: Settings) -> Finding:
+    subject = "object storage"
+    try:
+        objects = open_objects(settings)
+        assert objects is not None
+        objects.ping()
+    except ConfigError as error:
+        return fail(subject, error.message, "correct storage_url; see docs/object_storage.md")
+    except ObjectsUnavailable as error:
+        return fail(
+            subject,
+            f"{settings.storage_url}: {error.message}",
+            "is the bucket (or the folder) there, the endpoint right, and do the credentials in "
+            "the environment allow to list it?",
+        )
+    return ok(subject, f"{settings.storage_url} answers")
 
 
 def _database(settings: Settings) -> Finding:

@@ -4,7 +4,6 @@ streamed from the store, or by a link to it."""
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -95,9 +94,8 @@ def download(
         if data.objects is None:
             raise
         return _from_store(request, data.objects, name, made_at, headers)
-    if data.objects is not None:  # so that every server gives it the same tag
-        seconds = int(made_at.timestamp())
-        known = os.stat_result((known.st_mode, 0, 0, 1, 0, 0, known.st_size, seconds, seconds, 0))
+    if data.objects is not None:  # the same from every server, whenever its copy was made
+        headers = headers | _validators(name, known.st_size, made_at)
     return FileDownload(path, known, headers, JSONL)
 
 
@@ -106,16 +104,15 @@ def _from_store(
 ) -> Response:
     """As `FileDownload`, but that of several ranges at once the whole is sent."""
     size = objects.size(name)
-    seconds = int(made_at.timestamp())
-    tag = f"{float(seconds)}-{size}"  # as starlette makes it of a file
-    etag = f'"{hashlib.md5(tag.encode(), usedforsecurity=False).hexdigest()}"'
+    validators = _validators(name, size, made_at)
+    etag = validators["etag"]
     gzip_etag = f'{etag[:-1]}-gzip"'
     asked = request.headers
     compresses = accepts_gzip(asked) and "range" not in asked
     headers = {
         **headers,
+        **validators,
         "vary": "Accept-Encoding",
-        "last-modified": format_datetime(made_at.replace(microsecond=0), usegmt=True),
         "etag": gzip_etag if compresses else etag,
     }
     if is_known(asked, {etag, gzip_etag}, headers["last-modified"]):
@@ -145,6 +142,14 @@ def _from_store(
     headers["content-length"] = str(end - start)
     pieces = iter(()) if request.method == "HEAD" else _begun(objects, name, start, end)
     return StreamingResponse(pieces, status, headers, media_type=JSONL)
+
+
+def _validators(name: str, size: int, made_at: datetime) -> dict[str, str]:
+    tag = hashlib.md5(f"{name} {size}".encode(), usedforsecurity=False).hexdigest()
+    return {
+        "etag": f'"{tag}"',
+        "last-modified": format_datetime(made_at.replace(microsecond=0), usegmt=True),
+    }
 
 
 def _range(first: str, last: str, size: int) -> tuple[int, int] | None:

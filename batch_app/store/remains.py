@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from sqlalchemy import select
 
-from batch_app.core import Batch, UploadStatus
+from batch_app.core import Batch, StoredFile, UploadStatus
 from batch_app.database import batches, files, uploads
-from batch_app.store.rows import to_batch
+from batch_app.store.rows import to_batch, to_file
 from batch_app.store.transactions import Transactions
 
 
@@ -19,6 +19,12 @@ class RemainsStore(Transactions):
         """Whether no file was ever stored. Deleted ones keep their rows."""
         with self._read() as connection:
             return connection.execute(select(files.c.id).limit(1)).first() is None
+
+    def first_file(self) -> StoredFile | None:
+        """The first file ever stored, deleted or not: no two databases have the same."""
+        with self._read() as connection:
+            row = connection.execute(select(files).order_by(files.c.seq).limit(1)).first()
+        return None if row is None else to_file(row)
 
     def which_files_live(self, file_ids: Collection[str]) -> dict[str, bool]:
         """False: it is marked as deleted."""
