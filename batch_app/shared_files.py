@@ -25,7 +25,7 @@ import logging
 import os
 import secrets
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from heapq import merge
 from pathlib import Path
 
@@ -232,7 +232,8 @@ def in_order(logs: Iterable[bytes]) -> bytes:
     lines = [
         [line for line in log.splitlines(keepends=True) if line.endswith(b"\n")] for log in logs
     ]
-    return b"".join(merge(*lines, key=_stamp))
+    merged: Iterator[bytes] = merge(*lines, key=_stamp)
+    return b"".join(merged)
 
 
 def _stamp(line: bytes) -> bytes:

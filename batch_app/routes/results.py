@@ -10,6 +10,7 @@ from starlette.responses import Response, StreamingResponse
 
 from batch_app.core import Batch
 from batch_app.errors import BadRequest, Conflict, NotFound
+from batch_app.keys import Caller
 from batch_app.routes.answers import JSONL, a_part_of, refusals
 from batch_app.routes.downloads import (
     ResultFilter,
@@ -66,7 +67,7 @@ def get_results(
     filename = f"{batch.id}_results.jsonl"
     headers = {"content-disposition": f'attachment; filename="{filename}"'}
     if not batch.is_terminal:
-        lines = _results_so_far(own, batch)
+        lines = _results_so_far(own, caller(request), batch)
         if lines is not None:
             headers["x-results-complete"] = "false"
             return streamed(request, in_blocks(selected(lines, wanted)), headers, JSONL)
@@ -98,7 +99,7 @@ def _require_live(own: Services, batch: Batch) -> None:
         raise FileNotFoundError(f"Files of {batch.id} were deleted.")
 
 
-def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
+def _results_so_far(own: Services, asks: Caller, batch: Batch) -> Iterator[bytes] | None:
     """The lines of a batch that runs; None where it has just been published and has moved."""
     if batch.started_at is None:
         raise Conflict(
@@ -111,7 +112,7 @@ def _results_so_far(own: Services, batch: Batch) -> Iterator[bytes] | None:
     except FileNotFoundError:
         return None
     if first is None:
-        batch = own.store.get_batch(batch.id)
+        batch = own.store.get_batch(batch.id, seen_by=asks)
         return None if batch.is_terminal else iter(())
     return chain([first], lines)
 
