@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from batch_app.config import Settings
 from batch_app.core import Batch, utc_now
@@ -20,6 +20,9 @@ from batch_app.registry import ModelRegistry
 from batch_app.shared_files import fetch_index, fetch_input
 from batch_app.store import Store
 from batch_app.workloads import Planning, counted_workloads, quick_workloads, to_json
+
+#: A server that would have to fetch a batch's input for it counts its prompts only after this.
+LEFT_TO_OTHERS = timedelta(seconds=30)
 
 
 def planning_of(outlook: Outlook, settings: Settings, batch: Batch) -> Planning:
@@ -52,10 +55,16 @@ class Appraisal:
     def run_once(self) -> bool:
         """Count one batch, if one waits for it. Returns whether one did."""
         batch = self.store.next_to_count()
-        if batch is None:
+        if batch is None or self._is_for_another(batch):
             return False
         self.store.set_workload(batch.id, self._counted(batch), self.clock())
         return True
+
+    def _is_for_another(self, batch: Batch) -> bool:
+        """Whether another server has the input on its disk, and is likely to be at it."""
+        if self.data.objects is None or self.data.input_file(batch.input_file_id).exists():
+            return False
+        return batch.queued_at is not None and self.clock() - batch.queued_at < LEFT_TO_OTHERS
 
     def _counted(self, batch: Batch) -> list[dict[str, object]] | None:
         """None where there is nothing left to count: it ended, or its files are gone."""

@@ -25,7 +25,7 @@ from batch_app.core import (
     UploadStatus,
     utc_now,
 )
-from batch_app.errors import Conflict, LeaseLost, NotFound
+from batch_app.errors import Conflict, LeaseLost, NotFound, ObjectsUnavailable
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED
@@ -76,14 +76,19 @@ class Housekeeping:
         to, unfinished = BatchStatus.EXPIRED, EXPIRED
         if batch.status is BatchStatus.CANCELLING:
             to, unfinished = BatchStatus.CANCELLED, CANCELLED
-        closed = close_with_results_so_far(
-            batch,
-            unfinished,
-            data=self.data,
-            settings=self.settings,
-            registry=self.registry,
-            now=self.clock(),
-        )
+        try:
+            closed = close_with_results_so_far(
+                batch,
+                unfinished,
+                data=self.data,
+                settings=self.settings,
+                registry=self.registry,
+                now=self.clock(),
+            )
+        except ObjectsUnavailable as error:
+            with suppress(LeaseLost):
+                self.store.release(batch, error.message)
+            raise
         crash_point("closing-published")
         with suppress(LeaseLost, Conflict):
             self.store.transition(batch, to, self.clock(), **closed.for_store())

@@ -105,6 +105,11 @@ class Objects:
             raise ConfigError(f"storage_url can't be used: {_told(error)}") from None
 
     @property
+    def folder(self) -> Path | None:
+        """Where the objects are, when they are in a folder."""
+        return self._folder
+
+    @property
     def can_link(self) -> bool:
         """Whether clients could be sent to the store itself."""
         return self._folder is None
@@ -258,10 +263,19 @@ class Objects:
 
 
 def open_objects(settings: Settings) -> Objects | None:
-    """The store of these settings; None where files are in the data folder only."""
+    """The store of these settings; None where files are in the data folder only.
+
+    Raises ConfigError: also for a folder in the data folder, whose files are copies that may go.
+    """
     if not settings.storage_url:
         return None
-    return Objects(settings.storage_url, part_bytes=settings.storage_part_bytes)
+    objects = Objects(settings.storage_url, part_bytes=settings.storage_part_bytes)
+    folder = objects.folder
+    if folder is not None and folder.resolve().is_relative_to(settings.data_dir.resolve()):
+        raise ConfigError(
+            f"storage_url names a folder in the data folder ({settings.data_dir}): choose another."
+        )
+    return objects
 
 
 def _options(scheme: str, environment: Mapping[str, str]) -> dict[str, Any]:

@@ -215,16 +215,24 @@ def share_log(data: DataDir, batch_id: str) -> None:
 
 
 def fetch_logs(data: DataDir, batch_id: str) -> dict[str, bytes]:
-    """What was written to the log of a batch: of each data folder, by its id."""
+    """What was written to the log of a batch: of each data folder, by its id.
+
+    While the store is away, what this machine has of it, if anything.
+    """
     assert data.objects is not None
-    own = _log_name(data, batch_id)
-    logs: dict[str, bytes] = {}
-    for found in data.objects.list(f"logs/{batch_id}"):
-        with contextlib.suppress(FileNotFoundError):
-            logs[found.name] = data.objects.get(found.name)
+    own = {}
     with contextlib.suppress(FileNotFoundError):
-        logs[own] = data.log_file(batch_id).read_bytes()
-    return logs
+        own[_log_name(data, batch_id)] = data.log_file(batch_id).read_bytes()
+    logs: dict[str, bytes] = {}
+    try:
+        for found in data.objects.list(f"logs/{batch_id}"):
+            if found.name not in own:
+                with contextlib.suppress(FileNotFoundError):
+                    logs[found.name] = data.objects.get(found.name)
+    except ObjectsUnavailable:
+        if not own:
+            raise
+    return own | logs
 
 
 def in_order(logs: Iterable[bytes]) -> bytes:

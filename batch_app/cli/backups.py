@@ -33,6 +33,8 @@ def backup(
     except OSError as error:
         raise BatchAppError(str(error)) from None
     _tell(made.num_files, made.num_bytes, target, as_json)
+    if settings.storage_url and not as_json:
+        say(f"What is only in {settings.storage_url} is not in it: see docs/object_storage.md.")
 
 
 @app.command(rich_help_panel=SECTION)

@@ -18,7 +18,8 @@ from batch_app.batch_log import printable
 from batch_app.core import Batch
 from batch_app.errors import ObjectsUnavailable
 from batch_app.files import DataDir
-from batch_app.routes.downloads import has_failed, lines_of_file, lines_so_far
+from batch_app.results import iter_results
+from batch_app.routes.downloads import has_failed, lines_of_file
 from batch_app.shared_files import fetch_output
 
 #: What is read at most. A batch may have millions of failures; the first ones tell why.
@@ -110,7 +111,8 @@ class FailureReader:
             if batch.is_terminal:
                 assert batch.error_file_id is not None
                 return grouped(lines_of_file(fetch_output(self.data, batch.error_file_id)))
-            return grouped(lines_so_far(self.data, batch))
+            # Where it runs elsewhere, they are shown at its end: its log may be long to fetch.
+            return grouped(iter_results(self.data.work_dir(batch.id)))
         except FileNotFoundError:
             return NONE
 

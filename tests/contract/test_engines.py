@@ -155,6 +155,10 @@ def test_the_engine_process_gets_no_credentials() -> None:
         "OPENAI_API_KEY": "x",
         "AWS_REGION": "x",
         "VLLM_BATCH_DATABASE_URL": "postgresql://user:secret@db/x",
+        "VLLM_BATCH_STORAGE_URL": "s3://bucket",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AZURE_STORAGE_ACCOUNT_NAME": "name",
+        "GOOGLE_SERVICE_ACCOUNT": "/file",
         "MY_PASSWORD": "x",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }

@@ -9,8 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from batch_app.config import Settings
 from batch_app.errors import ConfigError, ObjectsUnavailable
-from batch_app.objects import READ_BYTES, Objects
+from batch_app.objects import READ_BYTES, Objects, open_objects
 from support.object_stores import PART_BYTES, S3Server
 
 
@@ -150,6 +151,18 @@ def test_a_link_needs_no_credentials(s3_environment: S3Server) -> None:
 def test_a_folder_has_no_links(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     assert Objects(f"file://{tmp_path}").link("output/a", 60) is None
+
+
+def test_a_folder_in_the_data_folder_is_refused(tmp_path: Path) -> None:
+    """What lies there under the same names are copies, which may be evicted."""
+    pytest.importorskip("obstore")
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for url in (f"file://{tmp_path}/data", f"file://{tmp_path}/link/batches"):
+        with pytest.raises(ConfigError, match="data folder"):
+            open_objects(Settings(data_dir=tmp_path / "data", storage_url=url))
+    elsewhere = Settings(data_dir=tmp_path / "data", storage_url=f"file://{tmp_path}/objects")
+    assert open_objects(elsewhere) is not None
+    assert open_objects(Settings(data_dir=tmp_path)) is None
 
 
 @pytest.mark.parametrize(
