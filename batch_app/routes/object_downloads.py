@@ -42,6 +42,18 @@ class DownloadLinkBody(BaseModel):
     expires_at: int
 
 
+#: Beside the bytes, what `link=json` answers with.
+LINK_CONTENT: dict[str, Any] = {
+    "application/json": {
+        "schema": {
+            "type": "object",
+            "required": ["url", "expires_at"],
+            "properties": {"url": {"type": "string"}, "expires_at": {"type": "integer"}},
+        }
+    }
+}
+
+
 def link_answers() -> dict[int | str, dict[str, Any]]:
     """For the description of a route that takes `link`."""
     return {

@@ -30,7 +30,14 @@ from batch_app.routes.answers import (
     refusals,
 )
 from batch_app.routes.bodies import read_json
-from batch_app.routes.object_downloads import LINK, Link, download, download_link, link_answers
+from batch_app.routes.object_downloads import (
+    LINK,
+    LINK_CONTENT,
+    Link,
+    download,
+    download_link,
+    link_answers,
+)
 from batch_app.routes.services import Services, caller, note_object, services
 from batch_app.shared_files import file_name, remove_upload
 from batch_app.store import require_pending
@@ -143,7 +150,7 @@ def get_file(request: Request, file_id: str) -> Response:
         200: {
             "description": "The file's bytes, as they were uploaded or published. "
             "Compressed where `Accept-Encoding` names gzip and no `Range` is asked for.",
-            "content": {JSONL: {"schema": {"type": "string"}}},
+            "content": {JSONL: {"schema": {"type": "string"}}, **LINK_CONTENT},
         },
         **a_part_of("the file"),
         **link_answers(),

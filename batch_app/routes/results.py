@@ -23,7 +23,14 @@ from batch_app.routes.downloads import (
     log_blocks,
     selected,
 )
-from batch_app.routes.object_downloads import LINK, Link, download, download_link, link_answers
+from batch_app.routes.object_downloads import (
+    LINK,
+    LINK_CONTENT,
+    Link,
+    download,
+    download_link,
+    link_answers,
+)
 from batch_app.routes.services import Services, caller, checked_batch_id, services
 from batch_app.routes.transfer import streamed
 from batch_app.shared_files import fetch_logs, fetch_results_file, in_order, results_name
@@ -48,7 +55,7 @@ def _batch(request: Request, batch_id: str) -> tuple[Services, Batch]:
             "description": "One line a request, in input order once the batch has finished. "
             "`x-results-complete: false`: it has not, and these are the results so far. "
             "Compressed where `Accept-Encoding` names gzip and no `Range` is asked for.",
-            "content": {JSONL: {"schema": {"type": "string"}}},
+            "content": {JSONL: {"schema": {"type": "string"}}, **LINK_CONTENT},
         },
         **a_part_of("the results of a finished batch"),
         **link_answers(),

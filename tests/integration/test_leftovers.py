@@ -153,7 +153,7 @@ def test_a_crash_before_the_parts_of_a_cancelled_upload_are_gone(
     for upload_id in (ended, pending):
         world.client.post(f"/v1/uploads/{upload_id}/parts", files={"data": b"abcd"})
     with monkeypatch.context() as patch:
-        patch.setattr("batch_app.routes.openai_files.remove_tree", dies)
+        patch.setattr("batch_app.routes.openai_files.remove_upload", dies)
         assert world.client.post(f"/v1/uploads/{ended}/cancel").status_code == 500
     assert world.data.upload_dir(ended).exists()
     world.keep_house()
