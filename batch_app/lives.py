@@ -28,7 +28,7 @@ from batch_app.keeper import Delivery, Keeper
 from batch_app.planner import Duplicates, Group, Numbers
 from batch_app.registry import ModelEntry
 from batch_app.results import ResultsLog
-from batch_app.suspects import DEATHS_ALONE, Suspects
+from batch_app.suspects import DEATHS_ALONE, QUARANTINED, Suspects
 from batch_app.window import Check, Window
 
 LONGEST_BACKOFF_S = 60.0
@@ -37,7 +37,6 @@ MAX_GUILTY = 100
 #: How often the engine is started with less after it ran out of memory.
 MAX_SHRINKS = 4
 SUSPECTS_FILE = "suspects.json"
-QUARANTINED = "request_quarantined"
 
 Deliver = Callable[[list[Delivery], int], None]
 
@@ -139,7 +138,7 @@ class Lives:
         window = self._make_window(engine, size, self._deliver)
         started = time.monotonic()
         try:
-            window.run(numbers, waiting)
+            window.run(numbers, waiting, with_shared=info.max_replicas > 1)
         except EngineOutOfMemory:
             if info.max_num_seqs < 2 or self._num_shrinks >= MAX_SHRINKS:
                 self._suspect(window, beside=beside)

@@ -34,6 +34,8 @@ from batch_app.workloads import ModelWorkload, Planning, from_json
 BLOCK_TOKENS_GPU, BLOCK_TOKENS_CPU = 16, 128
 #: Batches that are looked at one by one; what waits behind them isn't told apart any more.
 MOST_IN_TURN = 200
+#: What engines that don't run on this machine's device call theirs.
+_DEVICES_ELSEWHERE = {"sim": "simulated", "openai": "remote server", "ray": "Ray cluster"}
 MOST_KEPT = 5_000
 
 
@@ -232,8 +234,7 @@ class Outlook:
 
 
 def setting_of(entry: ModelEntry, machine: Machine, version: str) -> Setting:
-    # As the engines themselves call it.
-    device = {"sim": "simulated", "openai": "remote server"}.get(entry.engine, machine.device)
+    device = _DEVICES_ELSEWHERE.get(entry.engine, machine.device)
     return Setting(
         model=entry.name,
         machine=machine_text(device, machine.name),

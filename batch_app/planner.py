@@ -105,6 +105,22 @@ def plan(
         yield Group(model, numbers, waiting, answered)
 
 
+def shared_marks(index: Index, numbers: Numbers) -> npt.NDArray[np.uint8]:
+    """For each request of this order, how many marks its prompt shares with the one before it."""
+    num_marks = index.records["num_marks"][numbers]
+    starts = np.cumsum(index.records["num_marks"], dtype=np.int64)[numbers] - num_marks
+    shared = np.zeros(len(numbers), dtype=np.uint8)
+    alike = np.arange(1, len(numbers), dtype=np.int64)
+    depth = 0
+    while len(alike):
+        alike = alike[(num_marks[alike] > depth) & (num_marks[alike - 1] > depth)]
+        marks, before = starts[alike] + depth, starts[alike - 1] + depth
+        alike = alike[index.prefixes[marks] == index.prefixes[before]]
+        depth += 1
+        shared[alike] = depth
+    return shared
+
+
 # -- duplicates --------------------------------------------------------------------------------
 
 

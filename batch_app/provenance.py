@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batch_app import __version__
+from batch_app import __version__, cluster
 from batch_app.engine.base import EngineInfo
 from batch_app.machine import Machine
 from batch_app.model_server import PRIVATE
@@ -25,7 +25,7 @@ def run_facts(
     entry: ModelEntry, info: EngineInfo, revision: str | None, machine: Machine
 ) -> dict[str, Any]:
     """What one model ran on. Paths of the machine are left out, and so is what may be secret."""
-    is_folder = not entry.runs_elsewhere and Path(entry.source).is_dir()
+    is_folder = not entry.has_server and Path(entry.source).is_dir()
     return {
         "model": entry.name,
         "source": Path(entry.source).name if is_folder else entry.source,
@@ -62,7 +62,7 @@ def model_revision(folder: str, entry: ModelEntry) -> str | None:
     path = Path(folder)
     if _COMMIT.fullmatch(path.name) and path.parent.name == "snapshots":
         return path.name
-    if entry.runs_elsewhere or not path.is_dir():
+    if entry.has_server or not path.is_dir():
         return entry.revision
     digest = hashlib.sha256()
     try:
@@ -89,7 +89,9 @@ def _add_file(digest: Any, path: Path) -> None:
 def _shown(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name, value in engine_args.items():
-        if name in PRIVATE or (_SECRET.search(name) and not isinstance(value, int | float)):
+        if isinstance(value, Mapping):
+            shown[name] = _shown(value)
+        elif name in (*PRIVATE, *cluster.PRIVATE) or (_SECRET.search(name) and not isinstance(value, int | float)):
             shown[name] = "…"
         elif isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
             shown[name] = Path(value).name

@@ -6,7 +6,8 @@ name = "google/gemma-3-4b-it"    # what a request says
 source = "google/gemma-3-4b-it"  # a hub id, or a folder relative to this file
 revision = "main"
 aliases = ["gemma"]
-engine = "vllm"                  # or "openai", a server (`model_server`); or "sim", simulated
+engine = "vllm"                  # or "openai", a server (`model_server`); "ray", a cluster
+                                 # (`cluster`); "sim", simulated
 chat_template_kwargs = ["enable_thinking"]  # the names that requests may give
 [model.engine_args]              # the engine's own argument names
 max_model_len = 4096
@@ -23,6 +24,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from batch_app.cluster import RayCluster
 from batch_app.errors import ConfigError, ModelNotFound
 from batch_app.model_server import PATHS, ModelServer
 
@@ -43,19 +45,26 @@ class ModelEntry(BaseModel):
     chat_template_kwargs: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _server_is_usable(self) -> ModelEntry:
-        if self.runs_elsewhere:
-            try:
+    def _elsewhere_is_usable(self) -> ModelEntry:
+        try:
+            if self.has_server:
                 ModelServer.of(self.engine_args)
-            except ConfigError as error:
-                raise ValueError(f"{self.name}: {error.message}") from None
+            elif self.engine == "ray":
+                RayCluster.of(self.engine_args)
+        except ConfigError as error:
+            raise ValueError(f"{self.name}: {error.message}") from None
         return self
 
     @property
-    def runs_elsewhere(self) -> bool:
-        """A server has the model: `source` is its name there, no file of it is needed here, and
-        this machine says nothing about its speed."""
+    def has_server(self) -> bool:
+        """A server has the model: `source` is its name there."""
         return self.engine == "openai"
+
+    @property
+    def runs_elsewhere(self) -> bool:
+        """On a server or a cluster: no file of the model is needed here, and this machine says
+        nothing about its speed."""
+        return self.has_server or self.engine == "ray"
 
     @property
     def max_model_len(self) -> int | None:
@@ -139,7 +148,7 @@ class AnyModel(ModelRegistry):
 
 
 def _with_absolute_paths(entry: ModelEntry, base: Path) -> ModelEntry:
-    if entry.runs_elsewhere:
+    if entry.has_server:
         paths = {name: entry.engine_args[name] for name in PATHS if entry.engine_args.get(name)}
         absolute = {
             name: str((base / Path(path).expanduser()).resolve()) for name, path in paths.items()

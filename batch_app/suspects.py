@@ -20,6 +20,8 @@ from batch_app.files import atomic_writer
 
 #: Deaths of the engine with only this request in flight that make it guilty.
 DEATHS_ALONE = 2
+#: The code of its error line.
+QUARANTINED = "request_quarantined"
 
 
 class Suspects:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from itertools import repeat
 from typing import Protocol
 
 from batch_app.copies import Copies
@@ -17,7 +18,7 @@ from batch_app.errors import EngineError
 from batch_app.index import Index
 from batch_app.inputs import InputFile
 from batch_app.keeper import Delivery
-from batch_app.planner import Duplicates, Numbers
+from batch_app.planner import Duplicates, Numbers, shared_marks
 
 COLLECT_S = 0.1
 
@@ -75,8 +76,10 @@ class Window:
         """The numbers of the requests that the engine has; after `run`: had when it ended."""
         return list(self._custom_ids)
 
-    def run(self, numbers: Numbers, waiting: Duplicates) -> None:
+    def run(self, numbers: Numbers, waiting: Duplicates, *, with_shared: bool = False) -> None:
         """Run these requests, in this order, and answer those that wait for them.
+
+        `with_shared`: tell the engine how far each prompt begins like the one before it.
 
         Raises:
             EngineDied, EngineHung: those in flight have no result; everything else is delivered.
@@ -84,7 +87,8 @@ class Window:
             Cancelled, or what else `check` raises: at once.
         """
         self._waiting = waiting
-        upcoming = iter(numbers.tolist())
+        shared = shared_marks(self._index, numbers).tolist() if with_shared else repeat(0)
+        upcoming = zip(numbers.tolist(), shared, strict=False)
         try:
             self._fill(upcoming)
             while self._custom_ids:
@@ -103,16 +107,19 @@ class Window:
                 with contextlib.suppress(EngineError):
                     self._engine.cancel(list(self._custom_ids))
 
-    def _fill(self, upcoming: Iterator[int]) -> None:
+    def _fill(self, upcoming: Iterator[tuple[int, int]]) -> None:
         requests: list[EngineRequest] = []
         while len(self._custom_ids) < self._size:
-            number = self._copies.refused.pop() if self._copies.refused else next(upcoming, None)
-            if number is None:
+            if self._copies.refused:
+                number, shared = self._copies.refused.pop(), 0
+            elif (following := next(upcoming, None)) is not None:
+                number, shared = following
+            else:
                 break
             request = self._inputs.request(number)
             self._custom_ids[number] = request.custom_id
             endpoint = self._index.endpoints[int(self._endpoint_of[number])]
-            requests.append(EngineRequest(number, endpoint, bytes(request.body)))
+            requests.append(EngineRequest(number, endpoint, bytes(request.body), shared))
         if requests:
             self._engine.submit(requests)
 

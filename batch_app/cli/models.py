@@ -27,6 +27,7 @@ RESTART = "Start the API server again, so that it knows. (The worker looks by it
 
 class Engine(StrEnum):
     VLLM = "vllm"
+    RAY = "ray"
     SIM = "sim"
 
 
@@ -169,7 +170,11 @@ def add(
         typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="sim: the simulated engine, which runs no model.")
+        Engine,
+        typer.Option(
+            help="ray: replicas on a Ray cluster, as -e 'ray={\"max_replicas\": 8}' says; "
+            "sim: the simulated engine, which runs no model."
+        ),
     ] = Engine.VLLM,
     models: Models = None,
     as_json: Json = False,

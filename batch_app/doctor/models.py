@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import orjson
 import psutil
 
+from batch_app.cluster import RayCluster
 from batch_app.counting.prompts import Prompt
 from batch_app.counting.tokenizer import ModelTokenizer, Unusable
 from batch_app.datasheets import local_folder, size_of
@@ -24,7 +26,7 @@ from batch_app.machine import Machine
 from batch_app.model_server import ModelServer
 from batch_app.registry import ModelEntry
 
-ENGINES = ("vllm", "openai", "sim")
+ENGINES = ("vllm", "openai", "ray", "sim")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 _LONGEST_HEADER_BYTES = 100 << 20
 #: vLLM's own default, and what the engine is told of a machine without a GPU.
@@ -60,8 +62,10 @@ def check_model(entry: ModelEntry, machine: Machine, lowered_limits: Path) -> Mo
     if entry.engine == "sim":
         found = ok("engine", "simulated: it runs no model and needs no files")
         return ModelCheck(entry, None, entry.engine_args, (found,))
-    if entry.runs_elsewhere:
+    if entry.has_server:
         return ModelCheck(entry, None, entry.engine_args, (_server(entry),))
+    if entry.runs_elsewhere:
+        return ModelCheck(entry, local_folder(entry), entry.engine_args, tuple(_cluster(entry)))
     arguments, origin = _arguments(entry, machine, lowered_limits)
     folder = local_folder(entry)
     if entry.engine not in ENGINES:
@@ -82,6 +86,30 @@ def _server(entry: ModelEntry) -> Finding:
     except ConfigError as error:
         return fail("engine", error.message, "give the worker the key, and start it again")
     return ok("engine", "a server has the model: whether it answers shows when a batch runs")
+
+
+def _cluster(entry: ModelEntry) -> Iterator[Finding]:
+    cluster = RayCluster.of(entry.engine_args)
+    if importlib.util.find_spec("ray") is None:
+        yield fail(
+            "engine",
+            "Ray is not installed here",
+            "pip install 'vllm-batch-server[ray]', here and on every node of the cluster",
+        )
+        return
+    gpus = cluster.gpus(entry.engine_args)
+    each = f"{gpus:g} GPUs and {cluster.num_cpus:g} CPUs of a node"
+    if cluster.resources:
+        each += ", " + ", ".join(f"{amount:g} {name}" for name, amount in cluster.resources.items())
+    count = f"{cluster.min_replicas} to {cluster.max_replicas} replicas"
+    yield ok("engine", f"a Ray cluster ({cluster.address}): {count}, each with {each}")
+    source = entry.source
+    if cluster.engine == "vllm" and (source.startswith(("/", "~")) or Path(source).is_dir()):
+        yield warn(
+            "files",
+            f"{source} is a folder: every node must have it at this place",
+            "nothing, if it is on a file system that they share; or give a hub id as `source`",
+        )
 
 
 def _not_here(entry: ModelEntry) -> Finding:

@@ -38,12 +38,15 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request on its way to the engine.
 
     `number` is its number in the batch and unique among those in flight; `endpoint` the line's
-    `url`; `body` the JSON object of the line's `body`, as bytes.
+    `url`; `body` the JSON object of the line's `body`, as bytes. `shared`: how far its prompt begins
+    like that of the one before it in the order, in marks (`batch_app.prefixes`); 0 where nobody
+    asked for it (`EngineInfo.max_replicas`).
     """
 
     number: int
     endpoint: str
     body: bytes
+    shared: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -91,6 +94,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     limits_source: str = ""
     #: Each request has a time limit of its own there, so that long silence is no sign of a hang.
     bounds_requests: bool = False
+    #: More than one: the limits are the sum of theirs, and it wants to know what requests share.
+    max_replicas: int = 1
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,7 +142,8 @@ class Engine(ABC):
         """Work until at least one request has finished, or `timeout_s` has passed.
 
         Returns what has finished since the last call, in order of finishing; may be empty. With
-        nothing in flight it returns an empty list at once.
+        nothing in flight it returns an empty list at once; an engine in its process is called now
+        and then all the same, should it have something to put in order.
 
         Raises:
             EngineDied: the engine cannot go on. Requests in flight have no outcome.

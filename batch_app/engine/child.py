@@ -44,17 +44,19 @@ from batch_app.errors import BatchAppError, EngineError, EngineLoadError, Engine
 ENGINES = {
     "vllm": ("batch_app.engine.vllm", "VllmEngine"),
     "openai": ("batch_app.engine.openai", "OpenAIEngine"),
+    "ray": ("batch_app.engine.ray", "RayEngine"),
     "sim": ("batch_app.engine.sim", "SimEngine"),
 }
 #: Garbage is looked for seldom: imports and loading make a million objects that stay, and looking
 #: through them again and again took a sixth of vLLM's import. The core, forked later, inherits it.
 GC_THRESHOLDS = (50_000, 20, 100)
 COLLECT_S = 0.05
+IDLE_S = 5.0
 STATS_EVERY_S = 0.5
 
 
 def make_engine(spec: ModelSpec, api_key: str = "") -> Engine:
-    """`api_key`: for an engine that is a server.
+    """`api_key`: for an engine that is a server or a cluster.
 
     Raises EngineLoadError when the registry names an engine that doesn't exist.
     """
@@ -133,7 +135,13 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
     next_stats = 0.0
     while True:
         try:
-            message = inbox.get(block=not in_flight)
+            try:
+                message = inbox.get(block=not in_flight, timeout=IDLE_S)
+            except queue.Empty:
+                if not in_flight:
+                    engine.collect(0.0)
+                    continue
+                raise
             while True:
                 if isinstance(message, Submit):
                     engine.submit(message.requests)

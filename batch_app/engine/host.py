@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from batch_app.cluster import auth_token
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -200,10 +201,12 @@ class EngineHost(Engine):
     # -- inside --------------------------------------------------------------------------------
 
     def _api_key(self) -> str:
-        """For the server that has the model; its process doesn't inherit it."""
-        if self.spec.engine != "openai":
+        """For the server or cluster that has the model; its process doesn't inherit it."""
+        if self.spec.engine not in ("openai", "ray"):
             return ""
         try:
+            if self.spec.engine == "ray":
+                return auth_token(os.environ)
             return ModelServer.of(self.spec.engine_args).api_key(os.environ)
         except ConfigError as error:
             self.close()

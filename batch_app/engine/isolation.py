@@ -42,7 +42,7 @@ def needs_network(engine: str, engine_args: Mapping[str, Any]) -> bool:
     """Whether this engine, with these arguments, talks to other machines."""
     given = {name.replace("-", "_"): value for name, value in engine_args.items()}
     return (
-        engine == "openai"
+        engine in ("openai", "ray")
         or any(given.get(name) for name in _REACHING_OUT)
         or given.get("nnodes", 1) != 1
         or "ray" in (given.get("distributed_executor_backend"), given.get("data_parallel_backend"))
