@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from batch_app import __version__, cluster
+from batch_app import __version__, cluster, model_server
 from batch_app.engine.base import EngineInfo
 from batch_app.machine import Machine
-from batch_app.model_server import PRIVATE
 from batch_app.registry import ModelEntry
 
 #: Files up to this size are read whole; of larger ones the ends.
 _SMALL_BYTES = 1 << 20
 _ENDS_BYTES = 1 << 16
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_PRIVATE = frozenset((*model_server.PRIVATE, *cluster.PRIVATE))
 _SECRET = re.compile(r"(key|token|secret|password|credential)s?$", re.I)
 
 
@@ -91,7 +91,7 @@ def _shown(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in engine_args.items():
         if isinstance(value, Mapping):
             shown[name] = _shown(value)
-        elif name in (*PRIVATE, *cluster.PRIVATE) or (_SECRET.search(name) and not isinstance(value, int | float)):
+        elif name in _PRIVATE or (_SECRET.search(name) and not isinstance(value, int | float)):
             shown[name] = "…"
         elif isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
             shown[name] = Path(value).name

@@ -38,9 +38,9 @@ class EngineRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One request on its way to the engine.
 
     `number` is its number in the batch and unique among those in flight; `endpoint` the line's
-    `url`; `body` the JSON object of the line's `body`, as bytes. `shared`: how far its prompt begins
-    like that of the one before it in the order, in marks (`batch_app.prefixes`); 0 where nobody
-    asked for it (`EngineInfo.max_replicas`).
+    `url`; `body` the JSON object of the line's `body`, as bytes. `shared`: how far its prompt
+    begins like that of the one before it in the order, in marks (`batch_app.prefixes`); 0 where
+    nobody asked for it (`EngineInfo.max_replicas`).
     """
 
     number: int

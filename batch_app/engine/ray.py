@@ -18,8 +18,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import msgspec
-
 from batch_app import __version__
 from batch_app.cluster import RayCluster, replica_args
 from batch_app.core import LimitsTried
@@ -124,6 +122,7 @@ class RayEngine(Engine):
         self._without_any_since: float | None = None
         self._counted = dict.fromkeys(_COUNTERS, 0)  # by replicas that are gone
         self._is_connected = False
+        self._has_connected = False  # by itself: a program of its own may have, before
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -159,14 +158,15 @@ class RayEngine(Engine):
             enable_prefix_caching=first.enable_prefix_caching,
             enable_chunked_prefill=first.enable_chunked_prefill,
             endpoints=first.endpoints,
-            limits_source=(
-                f"up to {most} replicas, {first.max_num_seqs:,} each on {first.device}"
-            ),
+            limits_source=(f"up to {most} replicas, {first.max_num_seqs:,} each on {first.device}"),
             bounds_requests=True,
             max_replicas=most,
         )
 
     def _connect(self) -> None:
+        address = self._cluster.address
+        if address != "auto":
+            _probe(address)
         try:
             import_libraries()
         except ImportError as error:
@@ -178,9 +178,6 @@ class RayEngine(Engine):
         self._ray = ray
         if self._auth_token:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._auth_token}
-        address = self._cluster.address
-        if address != "auto":
-            _probe(address)
         try:
             if not ray.is_initialized():
                 ray.init(
@@ -189,6 +186,7 @@ class RayEngine(Engine):
                     log_to_driver=False,
                     logging_level=logging.WARNING,
                 )
+                self._has_connected = True
         except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             raise EngineUnavailable(
                 f"There is no way into the Ray cluster ({address}): {_last_line(error)}. This "
@@ -272,8 +270,9 @@ class RayEngine(Engine):
                 self._ray.wait(ends, num_returns=len(ends), timeout=_END_S)
             for member in members:
                 self._ray.kill(member.actor, no_restart=True)
-        with contextlib.suppress(Exception):
-            self._ray.shutdown()
+        if self._has_connected:
+            with contextlib.suppress(Exception):
+                self._ray.shutdown()
 
     # -- the replicas that there are -----------------------------------------------------------
 
@@ -489,9 +488,7 @@ class RayEngine(Engine):
                     f"The engine died {DEATHS_ALONE} times with only this request in flight. "
                     "It was not run again."
                 )
-                self._done.append(
-                    Outcome(number, 500, message.encode(), error_code=QUARANTINED)
-                )
+                self._done.append(Outcome(number, 500, message.encode(), error_code=QUARANTINED))
                 self._deaths_in_a_row = 0
         if not by_engine:
             return

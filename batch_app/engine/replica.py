@@ -151,7 +151,7 @@ def _log_path() -> Path:
     """Of the engine: beside the actor's own output, among the logs of Ray's session."""
     name = f"vllm-batch-replica-{os.getpid()}.log"
     with contextlib.suppress(OSError):
-        own = Path(os.readlink("/proc/self/fd/2"))
+        own = Path("/proc/self/fd/2").readlink()
         if own.is_absolute() and stat.S_ISREG(own.stat().st_mode):
             return own.parent / name
     return Path(tempfile.gettempdir()) / name

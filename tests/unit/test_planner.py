@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batch_app.index import DTYPE, Index
-from batch_app.planner import Group, plan
+from batch_app.planner import Group, plan, shared_marks
 from batch_app.prefixes import MARKS, STRIDE_BYTES, fingerprints
 
 
@@ -211,3 +211,19 @@ def test_what_waited_in_vain_is_left_to_be_computed() -> None:
     assert group.left(np.array([0, 1, 2, 3, 4])).tolist() == [0, 2, 4]
     # 0 failed, and 1 could not have its answer; 2 has not run, and 3 still waits for it.
     assert group.left(np.array([1, 2, 3, 4])).tolist() == [2, 4, 1]
+
+
+def test_what_a_request_shares_with_the_one_before_it() -> None:
+    system, one, other = block("s", 2), block("a", 3), block("b", 2)
+    prompts = [
+        system + one + block("1"),
+        system + one + block("2"),
+        system + other,
+        system,
+        b"short",
+        system + one,
+    ]
+    index = make_index(prompts)
+    assert shared_marks(index, np.arange(6)).tolist() == [0, 5, 2, 2, 0, 0]
+    assert shared_marks(index, np.array([5, 0, 3])).tolist() == [0, 5, 2]
+    assert shared_marks(index, np.array([], dtype=np.int64)).tolist() == []
