@@ -59,6 +59,10 @@ class Finished(msgspec.Struct, frozen=True, tag=True):
     outcomes: list[Outcome]
 
 
+class Cancelled(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Cancel`: whatever comes after this is of what was submitted later."""
+
+
 class Reading(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
@@ -74,7 +78,7 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine: TypeAlias = Load | Submit | Cancel
-FromEngine: TypeAlias = Loaded | LoadFailed | Unavailable | Finished | Reading | Fatal
+FromEngine: TypeAlias = Loaded | LoadFailed | Unavailable | Finished | Cancelled | Reading | Fatal
 
 _encoder = msgspec.msgpack.Encoder()
 to_engine_decoder = msgspec.msgpack.Decoder(ToEngine)

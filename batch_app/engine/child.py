@@ -24,6 +24,7 @@ import time
 from batch_app.engine.base import Engine, ModelSpec
 from batch_app.engine.channel import (
     Cancel,
+    Cancelled,
     Channel,
     Fatal,
     Finished,
@@ -149,6 +150,7 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
                 elif isinstance(message, Cancel):
                     engine.cancel(message.numbers)
                     in_flight.difference_update(message.numbers)
+                    channel.send(Cancelled())
                 message = inbox.get_nowait()
         except queue.Empty:
             pass

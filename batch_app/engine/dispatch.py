@@ -141,18 +141,18 @@ class Dispatch:
         replica = self._replicas.pop(key)
         self._free_stretch(replica)
         in_flight = replica.in_flight
-        if by_engine or replica.is_trying:
-            # Of one that was only lost nobody is guilty: the suspects form their group again.
-            if by_engine:
-                self._suspects.died(list(in_flight), beside=not replica.is_trying)
+        if not by_engine:
+            for number in in_flight:
+                self._losses[number] = self._losses.get(number, 0) + 1
+        often = [n for n in in_flight if self._losses.get(n, 0) >= MAX_LOSSES]
+        if replica.is_trying:
+            if by_engine or often:
+                self._suspects.died(list(in_flight), beside=False)
             self._suspected |= in_flight
             return
-        for number in in_flight:
-            self._losses[number] = self._losses.get(number, 0) + 1
-        often = [number for number in in_flight if self._losses[number] >= MAX_LOSSES]
-        if often:
-            self._suspects.died(often, beside=True)
-            self._suspected |= {number: in_flight[number] for number in often}
+        blamed = list(in_flight) if by_engine else often
+        self._suspects.died(blamed, beside=True)
+        self._suspected |= {number: in_flight[number] for number in blamed}
         again = deque(one for number, one in in_flight.items() if number not in self._suspected)
         if again:
             self._free.appendleft(again)
@@ -161,6 +161,11 @@ class Dispatch:
     def give_back(self, key: int) -> None:
         """A replica that has nothing in flight ends, as it should."""
         self._free_stretch(self._replicas.pop(key))
+
+    @property
+    def num_guilty(self) -> int:
+        """How many of those that wait are."""
+        return sum(number in self._suspected for number in self._suspects.guilty)
 
     def take_guilty(self) -> list[int]:
         """Requests an engine died with twice, alone in flight. Nobody runs them again."""

@@ -28,6 +28,7 @@ from batch_app.engine.base import (
 )
 from batch_app.engine.channel import (
     Cancel,
+    Cancelled,
     Channel,
     Fatal,
     Finished,
@@ -101,6 +102,10 @@ class EngineHost(Engine):
         self._inbox: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
         self._stats = EngineStats()
         self._in_flight: set[int] = set()
+        # Numbers come again, in the next batch: until the engine says that it has heard of the
+        # n-th cancelling, what comes under a number of it is the answer to what was cancelled.
+        self._cancelled: dict[int, int] = {}
+        self._num_cancels = self._num_heard_of = 0
         self._last_progress = 0.0
 
     @property
@@ -148,6 +153,8 @@ class EngineHost(Engine):
 
     def cancel(self, numbers: Collection[int]) -> None:
         self._in_flight.difference_update(numbers)
+        self._num_cancels += 1
+        self._cancelled.update(dict.fromkeys(numbers, self._num_cancels))
         self._send(Cancel(list(numbers)))
 
     def collect(self, timeout_s: float) -> list[Outcome]:
@@ -164,11 +171,11 @@ class EngineHost(Engine):
             if isinstance(message, Finished):
                 self._last_progress = time.monotonic()
                 for outcome in message.outcomes:
-                    if outcome.number in self._in_flight:  # else: cancelled meanwhile
+                    if self._is_awaited(outcome.number):
                         self._in_flight.discard(outcome.number)
                         outcomes.append(outcome)
                 continue
-            if isinstance(message, Reading):
+            if isinstance(message, Reading | Cancelled):
                 continue
             if outcomes or remaining <= 0:
                 break
@@ -199,6 +206,11 @@ class EngineHost(Engine):
             process.close()
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _is_awaited(self, number: int) -> bool:
+        """Whether an outcome under this number is that of the request in flight."""
+        is_old = self._cancelled.get(number, 0) > self._num_heard_of
+        return number in self._in_flight and not is_old
 
     def _api_key(self) -> str:
         """For the server or cluster that has the model; its process doesn't inherit it."""
@@ -253,6 +265,10 @@ class EngineHost(Engine):
             raise EngineUnavailable(
                 message.message, retry_after_s=message.retry_after_s, model=self.spec.name
             )
+        if isinstance(message, Cancelled):
+            self._num_heard_of += 1
+            if self._num_heard_of == self._num_cancels:
+                self._cancelled.clear()
         if isinstance(message, Reading):
             is_sign_enough = self.info is not None and self.info.bounds_requests
             if is_sign_enough or _has_progressed(self._stats, message.stats):

@@ -8,18 +8,14 @@ belong to the driver: when it ends, however that comes about, they do.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import os
-import socket
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from batch_app import __version__
-from batch_app.cluster import RayCluster, replica_args
+from batch_app.cluster import RayCluster
 from batch_app.core import LimitsTried
 from batch_app.engine.base import (
     Engine,
@@ -32,16 +28,8 @@ from batch_app.engine.base import (
 from batch_app.engine.channel import Loaded
 from batch_app.engine.dispatch import Dispatch, window_of
 from batch_app.engine.limits import limits_of, smaller
-from batch_app.engine.replica import (
-    LINGER_S,
-    Orders,
-    Placed,
-    Replica,
-    decode_report,
-    decode_start,
-    encode_orders,
-    encode_spec,
-)
+from batch_app.engine.ray_actors import CallFailed, Member, RayActors, import_libraries
+from batch_app.engine.replica import Orders, Placed, decode_report, decode_start
 from batch_app.errors import (
     BatchAppError,
     ConfigError,
@@ -52,21 +40,19 @@ from batch_app.errors import (
 )
 from batch_app.suspects import DEATHS_ALONE, QUARANTINED
 
+__all__ = ["RayEngine", "import_libraries"]  # by name: `engine.child`
+
 logger = logging.getLogger(__name__)
 
 #: Whatever the nodes are: this machine says nothing about them.
 DEVICE = "Ray cluster"
-NAMESPACE = "vllm-batch"
-#: How long a call may last without an answer in it.
-CALL_S = 0.5
 #: Replicas that could not start, one after the other, before the engine is given up; and the pause
 #: after one, doubled each time.
 MAX_FAILED_STARTS = 3
 START_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 #: Engines that died in replicas without an answer from any in between.
 MAX_DEATHS = 4
-_PROBE_S = 5.0
-_END_S = 10.0
+_GRACE_S = 10.0
 _WAIT_S = 0.5
 _COUNTERS = (
     "prompt_tokens_total",
@@ -77,30 +63,6 @@ _COUNTERS = (
 )
 
 
-def import_libraries() -> None:
-    """What `load` imports, done ahead of it. Raises ImportError."""
-    # Nothing is told to others.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # As it is going to be: a replica without GPUs leaves the variables that show them alone.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-    import ray  # noqa: F401
-
-
-@dataclass(slots=True, eq=False)
-class _Member:
-    """A replica as the driver holds it. `call`: the one that is under way, since `since`."""
-
-    key: int
-    actor: Any
-    state: Literal["placing", "loading", "up"]
-    call: Any
-    since: float
-    info: EngineInfo | None = None
-    stats: EngineStats = field(default_factory=EngineStats)
-    cancel: list[int] = field(default_factory=list)
-
-
 class RayEngine(Engine):
     """A model's replicas on a cluster. One thread."""
 
@@ -108,7 +70,7 @@ class RayEngine(Engine):
         """`auth_token`: of the cluster, where it asks for one."""
         self._spec = spec
         self._auth_token = auth_token
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, Member] = {}
         self._keys = itertools.count()
         self._dispatch = Dispatch()
         self._done: list[Outcome] = []
@@ -122,7 +84,6 @@ class RayEngine(Engine):
         self._without_any_since: float | None = None
         self._counted = dict.fromkeys(_COUNTERS, 0)  # by replicas that are gone
         self._is_connected = False
-        self._has_connected = False  # by itself: a program of its own may have, before
 
     # -- loading -------------------------------------------------------------------------------
 
@@ -138,7 +99,9 @@ class RayEngine(Engine):
         except ConfigError as error:
             raise EngineLoadError(f"model {self._spec.name!r}: {error.message}") from error
         try:
-            self._connect()
+            self._actors = RayActors(self._spec, self._cluster)
+            self._actors.connect(self._auth_token)
+            self._is_connected = True
             self._start_replicas(self._cluster.min_replicas)
             first = self._wait_for_replicas()
         except BatchAppError:
@@ -147,7 +110,7 @@ class RayEngine(Engine):
         most = self._cluster.max_replicas
         return EngineInfo(
             engine="ray",
-            engine_version=f"{first.engine_version} ({first.engine}, Ray {self._ray.__version__})",
+            engine_version=f"{first.engine_version} ({first.engine}, Ray {self._actors.version})",
             model=self._spec.name,
             device=DEVICE,
             device_type="remote",
@@ -162,39 +125,6 @@ class RayEngine(Engine):
             bounds_requests=True,
             max_replicas=most,
         )
-
-    def _connect(self) -> None:
-        address = self._cluster.address
-        if address != "auto":
-            _probe(address)
-        try:
-            import_libraries()
-        except ImportError as error:
-            raise EngineLoadError(
-                f"Ray is not installed here ({error}): pip install 'vllm-batch-server[ray]'"
-            ) from error
-        import ray
-
-        self._ray = ray
-        if self._auth_token:
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self._auth_token}
-        try:
-            if not ray.is_initialized():
-                ray.init(
-                    address=address,
-                    namespace=NAMESPACE,
-                    log_to_driver=False,
-                    logging_level=logging.WARNING,
-                )
-                self._has_connected = True
-        except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            raise EngineUnavailable(
-                f"There is no way into the Ray cluster ({address}): {_last_line(error)}. This "
-                "machine must be a node of it, as `ray start` makes it.",
-                model=self._spec.name,
-            ) from error
-        self._is_connected = True
-        self._replica_class = ray.remote(Replica)
 
     def _wait_for_replicas(self) -> EngineInfo:
         """Until there are `min_replicas`. Returns what one of them says of itself."""
@@ -261,18 +191,9 @@ class RayEngine(Engine):
         members, self._members = list(self._members.values()), {}
         self._dispatch = Dispatch()
         self._done.clear()
-        connected, self._is_connected = self._is_connected, False
-        if not connected:
-            return
-        with contextlib.suppress(Exception):
-            ends = [one.actor.end.remote() for one in members if one.state == "up"]
-            if ends:
-                self._ray.wait(ends, num_returns=len(ends), timeout=_END_S)
-            for member in members:
-                self._ray.kill(member.actor, no_restart=True)
-        if self._has_connected:
-            with contextlib.suppress(Exception):
-                self._ray.shutdown()
+        if self._is_connected:
+            self._is_connected = False
+            self._actors.disconnect(members)
 
     # -- the replicas that there are -----------------------------------------------------------
 
@@ -288,8 +209,8 @@ class RayEngine(Engine):
             self._start_replicas(wanted)
         for member in list(self._members.values()):
             if member.state == "up" and member.call is None:
-                self._give_work(member, now)
-            elif member.state == "up" and now - member.since > self._cluster.hang_s + _END_S:
+                self._give_work(member)
+            elif member.state == "up" and now - member.since > self._cluster.hang_s + _GRACE_S:
                 self._lose(member, "doesn't answer", by_engine=False)
             elif member.state == "loading" and now - member.since > self._longest_load_s:
                 self._start_failed(
@@ -310,9 +231,9 @@ class RayEngine(Engine):
     @property
     def _longest_load_s(self) -> float:
         # The model's files may have to come from the hub, which has as long.
-        return 2 * self._cluster.start_timeout_s + _END_S
+        return 2 * self._cluster.start_timeout_s + _GRACE_S
 
-    def _is_idle(self, member: _Member, now: float) -> bool:
+    def _is_idle(self, member: Member, now: float) -> bool:
         if member.state == "placing":
             return True
         return (
@@ -321,49 +242,24 @@ class RayEngine(Engine):
             and now - member.since > self._cluster.idle_s
         )
 
-    def _give_work(self, member: _Member, now: float) -> None:
+    def _give_work(self, member: Member) -> None:
         requests = self._dispatch.take(member.key)
         if not requests and not member.cancel and not self._dispatch.has(member.key):
             return
-        orders = encode_orders(Orders(member.cancel, requests))
-        member.cancel = []
-        member.call, member.since = member.actor.exchange.remote(orders, CALL_S), now
+        orders, member.cancel = Orders(member.cancel, requests), []
+        self._actors.exchange(member, orders)
 
     def _start_replicas(self, wanted: int) -> None:
-        cluster = self._cluster
-        spec = ModelSpec(
-            name=self._spec.name,
-            engine=cluster.engine,
-            source=self._spec.source,
-            revision=self._spec.revision,
-            trust_remote_code=self._spec.trust_remote_code,
-            engine_args=replica_args(self._spec.engine_args),
-            lowered=self._lowered,
-        )
-        options = {
-            "num_cpus": cluster.num_cpus,
-            "num_gpus": cluster.gpus(spec.engine_args),
-            "resources": dict(cluster.resources),
-            "max_restarts": 0,
-            "max_task_retries": 0,
-        }
         while len(self._members) < wanted:
             key = next(self._keys)
-            actor = self._replica_class.options(**options).remote(
-                encode_spec(spec), cluster.start_timeout_s, cluster.hang_s, LINGER_S
-            )
-            now = time.monotonic()
-            self._members[key] = _Member(key, actor, "placing", actor.place.remote(), now)
+            self._members[key] = self._actors.start(key, self._lowered)
 
-    def _give_back(self, member: _Member) -> None:
+    def _give_back(self, member: Member) -> None:
         """End it in order: its device is free when the cluster hears of it."""
         self._forget(member)
         if member.state == "up":
             self._dispatch.give_back(member.key)
-            member.actor.end.remote()
-            member.actor.__ray_terminate__.remote()
-        else:
-            self._ray.kill(member.actor, no_restart=True)
+        self._actors.end(member)
 
     def _look_for_room(self, now: float) -> None:
         """Raises EngineUnavailable where for too long there was not one replica with a node."""
@@ -373,12 +269,9 @@ class RayEngine(Engine):
         if self._without_any_since is None or not (self._num_requests or self._first is None):
             self._without_any_since = now
         if now - self._without_any_since > self._cluster.room_timeout_s:
-            needs = {"CPU": self._cluster.num_cpus, **self._cluster.resources}
-            needs["GPU"] = self._cluster.gpus(replica_args(self._spec.engine_args))
-            asked = ", ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
             raise EngineUnavailable(
                 f"The Ray cluster has had no room for a replica of {self._spec.name} for "
-                f"{self._cluster.room_timeout_s:.0f} s. Each needs {asked or 'nothing'} of one "
+                f"{self._cluster.room_timeout_s:.0f} s. Each needs {self._actors.needs} of one "
                 "node.",
                 model=self._spec.name,
             )
@@ -387,27 +280,18 @@ class RayEngine(Engine):
 
     def _wait(self, timeout_s: float) -> None:
         """Until a call ends, or the time is over; then see to all that have ended."""
-        calls = {one.call: one for one in self._members.values() if one.call is not None}
-        if not calls:
-            time.sleep(min(max(timeout_s, 0.0), 0.05))
-            return
-        refs = list(calls)
-        ended, _ = self._ray.wait(refs, num_returns=1, timeout=timeout_s)
-        if ended and len(refs) > 1:
-            ended, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
-        for call in ended:
-            self._see_to(calls[call])
+        for member in self._actors.wait(self._members.values(), timeout_s):
+            self._see_to(member)
 
-    def _see_to(self, member: _Member) -> None:
-        call, member.call = member.call, None
-        began, member.since = member.since, time.monotonic()
+    def _see_to(self, member: Member) -> None:
+        began = member.since
         try:
-            answer = self._ray.get(call)
-        except self._ray.exceptions.RayError as error:
+            answer = self._actors.answer(member)
+        except CallFailed as error:
             if member.state == "up":
-                self._lose(member, f"is gone ({type(error).__name__})", by_engine=False)
+                self._lose(member, f"is gone ({error})", by_engine=False)
             else:
-                self._start_failed(member, self._why_not_started(member, error))
+                self._start_failed(member, _why_not_started(error))
             return
         if member.state == "up":
             self._take_report(member, answer)
@@ -421,7 +305,7 @@ class RayEngine(Engine):
                 )
                 self._start_failed(member, failure)
                 return
-            member.state, member.call = "loading", member.actor.load.remote()
+            self._actors.load(member)
         elif isinstance(message, Loaded):
             member.state, member.info = "up", message.info
             self._first = self._first or message.info
@@ -434,7 +318,7 @@ class RayEngine(Engine):
             )
             self._start_failed(member, failure)
 
-    def _take_report(self, member: _Member, answer: bytes) -> None:
+    def _take_report(self, member: Member, answer: bytes) -> None:
         report = decode_report(answer)
         member.stats = report.stats
         outcomes = self._dispatch.finished(member.key, report.outcomes)
@@ -447,22 +331,13 @@ class RayEngine(Engine):
         by_engine = not (report.out_of_memory and self._shrink(member))
         self._lose(member, f"has no engine any more: {report.died}", by_engine=by_engine)
 
-    def _why_not_started(self, member: _Member, error: Exception) -> EngineLoadError:
-        if isinstance(error, self._ray.exceptions.RayTaskError) or member.state == "placing":
-            return EngineLoadError(
-                f"A replica could not start on its node ({_last_line(error)}). Is "
-                f"vllm-batch-server {__version__} installed there, for the same Python?",
-                retriable=True,
-            )
-        return EngineLoadError("A node was lost while a replica loaded on it.", retriable=True)
-
-    def _start_failed(self, member: _Member, failure: EngineLoadError) -> None:
+    def _start_failed(self, member: Member, failure: EngineLoadError) -> None:
         logger.warning("%s", failure.message)
         self._forget(member)
-        self._kill(member)
+        self._actors.kill(member)
         self._failed_starts += 1
         self._last_failure = failure
-        pause_s = START_BACKOFF_S * 2.0 ** (self._failed_starts - 1)
+        pause_s = START_BACKOFF_S * 2.0 ** min(self._failed_starts - 1, 10)
         self._next_start_at = time.monotonic() + min(pause_s, LONGEST_BACKOFF_S)
         others = any(one.state == "up" for one in self._members.values())
         if others or self._first is None or not self._num_requests:
@@ -470,7 +345,7 @@ class RayEngine(Engine):
         if self._failed_starts >= MAX_FAILED_STARTS:
             raise EngineDied(f"No replica starts any more: {failure.message}")
 
-    def _lose(self, member: _Member, what: str, *, by_engine: bool) -> None:
+    def _lose(self, member: Member, what: str, *, by_engine: bool) -> None:
         """What it had in flight goes to others.
 
         Raises EngineDied where replica after replica dies without an answer.
@@ -480,56 +355,59 @@ class RayEngine(Engine):
             "A replica %s. It had %d requests in flight, which run again.", what, num_in_flight
         )
         self._forget(member)
-        self._kill(member)
+        self._actors.kill(member)
         self._dispatch.lost(member.key, by_engine=by_engine)
-        if self._has_answered:
-            for number in self._dispatch.take_guilty():
-                message = (
-                    f"The engine died {DEATHS_ALONE} times with only this request in flight. "
-                    "It was not run again."
-                )
-                self._done.append(Outcome(number, 500, message.encode(), error_code=QUARANTINED))
-                self._deaths_in_a_row = 0
-        if not by_engine:
-            return
+        self._quarantine()
         self._deaths_in_a_row += 1
-        if self._deaths_in_a_row > MAX_DEATHS + self._dispatch.longest_search:
+        most = MAX_DEATHS + self._dispatch.longest_search
+        if not by_engine:
+            most += 2 * self._cluster.max_replicas  # a large node may have had many
+        if self._deaths_in_a_row > most:
             raise EngineDied(
-                f"The engines of {self._deaths_in_a_row} replicas died without an answer in "
-                f"between. The last one {what}"
+                f"{self._deaths_in_a_row} replicas were lost without an answer in between. The "
+                f"last one {what}"
             )
 
-    def _shrink(self, member: _Member) -> bool:
+    def _quarantine(self) -> None:
+        """Give the guilty their error lines.
+
+        While nothing at all was answered, that waits: engines may die of anything. Raises
+        EngineDied where then nothing else is left to try.
+        """
+        if not self._has_answered:
+            if self._dispatch.num_guilty and self._dispatch.num_guilty == self._num_requests:
+                raise EngineDied("The engines of replicas died of every request.")
+            return
+        for number in self._dispatch.take_guilty():
+            message = (
+                f"The engine died {DEATHS_ALONE} times with only this request in flight. "
+                "It was not run again."
+            )
+            self._done.append(Outcome(number, 500, message.encode(), error_code=QUARANTINED))
+            self._deaths_in_a_row = 0  # engines work, but for these
+
+    def _shrink(self, member: Member) -> bool:
         """Have replicas start with less from now on. Returns whether that is possible."""
         tried = limits_of(member.info) if member.info is not None else None
         limits = smaller(tried.limits) if tried is not None else None
         if tried is None or limits is None:
             return False
-        self._lowered = replace(tried, limits=limits)
+        known = self._lowered
+        if known is None or limits.max_num_seqs < known.limits.max_num_seqs:
+            self._lowered = replace(tried, limits=limits)
         return True
 
-    def _forget(self, member: _Member) -> None:
+    def _forget(self, member: Member) -> None:
         del self._members[member.key]
         for name in _COUNTERS:
             self._counted[name] += getattr(member.stats, name)
 
-    def _kill(self, member: _Member) -> None:
-        with contextlib.suppress(self._ray.exceptions.RayError):
-            self._ray.kill(member.actor, no_restart=True)
 
-
-def _probe(address: str) -> None:
-    """Ray would wait for minutes where nobody listens. Raises EngineUnavailable."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
-    except (OSError, OverflowError) as error:
-        raise EngineUnavailable(
-            f"The head of the Ray cluster, {address}, can't be reached: {error}."
-        ) from error
-
-
-def _last_line(error: BaseException) -> str:
-    """What an error of Ray's says, without the stacks in it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300].rstrip(".")
+def _why_not_started(error: CallFailed) -> EngineLoadError:
+    if not error.by_ours:
+        return EngineLoadError("A node was lost while a replica loaded on it.", retriable=True)
+    return EngineLoadError(
+        f"A replica could not start on its node ({error}). Is vllm-batch-server {__version__} "
+        "installed there, for the same Python?",
+        retriable=True,
+    )

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import secrets
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def main() -> None:
     args = parser.parse_args()
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Else Ray would write a token of its own to the home folder.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     import ray
 
     from benchmarks.scaling import own, ray_data

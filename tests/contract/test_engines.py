@@ -114,6 +114,21 @@ def test_a_hanging_engine_is_killed_with_its_stacks_in_the_log(tmp_path: Path) -
         os.kill(pid, 0)
 
 
+def test_the_answer_to_what_was_cancelled_is_not_that_to_another_of_its_number(
+    tmp_path: Path,
+) -> None:
+    """Two batches have the same numbers: the second must not get what the first asked for."""
+    engine = host(tmp_path)
+    engine.load()
+    for number in range(20):
+        engine.submit([chat(number, "of the first")])
+        wait_for(lambda: not engine._inbox.empty(), what="an answer is on its way")
+        engine.cancel([number])
+        (outcome,) = run(engine, chat(number, "of the second"))
+        assert b"of the second" in outcome.body
+    engine.close()
+
+
 def test_an_engine_that_works_slowly_does_not_count_as_hanging(tmp_path: Path) -> None:
     engine = host(tmp_path, hang_s=2.0, decode_step_s=0.05, max_num_seqs=1)
     engine.load()

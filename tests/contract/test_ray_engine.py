@@ -15,7 +15,7 @@ from batch_app.core import BatchStatus
 from batch_app.engine.base import Engine, EngineRequest, ModelSpec
 from batch_app.engine.host import EngineHost
 from batch_app.engine.ray import RayEngine
-from batch_app.errors import EngineLoadError, EngineUnavailable
+from batch_app.errors import EngineDied, EngineLoadError, EngineUnavailable
 from contract.engine_conformance import EngineConformance, EngineLifetime, chat, collect_all, run
 from support.ray_cluster import RayNodes, ray_nodes
 from support.site import Site, assert_answers_echo, echo_line
@@ -110,6 +110,15 @@ def test_a_request_that_kills_gets_its_error_line_and_no_other_does(
         for outcome in outcomes[:17] + outcomes[18:]:
             said = json.loads(outcome.body)["choices"][0]["message"]["content"]
             assert said == f"say {outcome.number}"
+
+
+def test_engines_that_die_of_everything_are_one_engine_that_died(
+    nodes: RayNodes, tmp_path: Path
+) -> None:
+    with loaded(nodes, tmp_path, poison="arsenic") as engine:
+        engine.submit([chat(1, "say arsenic")])
+        with pytest.raises(EngineDied, match="died of every request"):
+            collect_all(engine, [1])
 
 
 def test_a_lost_node_costs_only_what_was_in_flight(nodes: RayNodes, tmp_path: Path) -> None:

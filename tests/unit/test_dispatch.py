@@ -172,6 +172,24 @@ def test_the_one_that_kills_is_found_and_all_others_are_answered() -> None:
     assert cluster.num_deaths <= 2 * (4 + 3)  # log2(16) halvings, and twice alone
 
 
+def test_a_request_whose_nodes_are_always_lost_is_guilty_at_last() -> None:
+    dispatch = Dispatch()
+    dispatch.add([request(1), request(2)])
+    num_lost = 0
+    while not dispatch.num_guilty:
+        dispatch.open(num_lost, 1)
+        taken = [one.number for one in dispatch.take(num_lost)]
+        if taken == [2]:
+            dispatch.finished(num_lost, answers(taken))
+            dispatch.give_back(num_lost)
+        else:
+            dispatch.lost(num_lost, by_engine=False)
+        num_lost += 1
+        assert num_lost < 20
+    assert dispatch.take_guilty() == [1]
+    assert dispatch.num_waiting == dispatch.num_in_flight == 0
+
+
 def test_a_cancelled_request_is_told_to_its_replica_and_its_answer_is_nobodys() -> None:
     dispatch = Dispatch()
     dispatch.open(0, 2)
