@@ -33,7 +33,6 @@ def main() -> None:
     import ray
 
     from benchmarks.scaling import own, ray_data
-    from benchmarks.scaling.requests import MAX_TOKENS, MIN_TOKENS
 
     ray.init(
         num_cpus=4,
@@ -54,9 +53,6 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
 
-    # A request takes as long as its tokens: with as many side by side as fit, so many a second.
-    pace_of_one = SLOW["max_num_seqs"] / (SLOW["decode_step_s"] * (MIN_TOKENS + MAX_TOKENS) / 2)
-
     if "own" in parts:
         paces = {}
         for num_replicas in (1, args.replicas):
@@ -69,8 +65,6 @@ def main() -> None:
     if "ray-data" in parts:
         for size in map(int, args.batch_sizes.split(",")):
             figures = ray_data.run(args.replicas, SLOW, int(each) * args.replicas, size)
-            ideal_s = figures["requests"] / pace_of_one
-            figures["of_ideal"] = round(ideal_s / figures["replica_seconds"], 3)
             note(f"ray_data_{size}", figures)
     if "million" in parts:
         with own.loaded(2, FAST) as (engine, info):
