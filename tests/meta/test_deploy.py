@@ -70,7 +70,8 @@ def seconds(text: str) -> float:
 
 def test_there_is_something_to_check() -> None:
     assert DOCKERFILES
-    assert len(COMPOSE_FILES) == len(UNITS) == len(OVERLAYS) == 2
+    assert len(COMPOSE_FILES) == len(UNITS) == 2
+    assert [overlay.name for overlay in OVERLAYS] == ["cpu", "gpu", "ray"]
 
 
 # -- Dockerfiles -----------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ def built(folder: Path) -> list[Manifest]:
 
 
 def add(manifest: Manifest, operation: dict[str, Any]) -> None:
-    """JSON patch's `add` to a mapping. Raises KeyError where its parent isn't."""
+    """JSON patch's `add` to a mapping or a list's end. Raises KeyError where its parent isn't."""
     assert operation["op"] == "add"
     *parents, last = [
         part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]
@@ -268,11 +269,37 @@ def add(manifest: Manifest, operation: dict[str, Any]) -> None:
     place: Any = manifest
     for part in parents:
         place = place[int(part)] if isinstance(place, list) else place[part]
-    place[last] = operation["value"]
+    if isinstance(place, list):
+        assert last == "-", "teach this test to insert"
+        place.append(operation["value"])
+    else:
+        place[last] = operation["value"]
 
 
 def pods(manifests: list[Manifest]) -> list[Manifest]:
-    return [one for one in manifests if "template" in one.get("spec", {})]
+    """What makes pods: of a Ray cluster, one for its head and one for each group of nodes."""
+    found = []
+    for one in manifests:
+        spec = one.get("spec", {})
+        groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if is_ray(one) else [spec]
+        found += [
+            {"metadata": one["metadata"], "spec": group} for group in groups if "template" in group
+        ]
+    return found
+
+
+def is_ray(manifest: Manifest) -> bool:
+    return bool(manifest["apiVersion"] == "ray.io/v1")
+
+
+def ours(manifests: list[Manifest]) -> list[Manifest]:
+    """The pods whose first container is the program."""
+    return [
+        pod
+        for pod in pods(manifests)
+        if "command" not in pod["spec"]["template"]["spec"]["containers"][0]
+        and "args" in pod["spec"]["template"]["spec"]["containers"][0]
+    ]
 
 
 def containers(manifests: list[Manifest]) -> list[Manifest]:
@@ -292,7 +319,14 @@ def test_manifests_fit_the_schemas_of_kubernetes(manifests: list[Manifest], vers
     if version == "latest":
         version = kubernetes_validate.latest_version()
     for one in manifests:
-        kubernetes_validate.validate(copy.deepcopy(one), version, strict=True)
+        if not is_ray(one):
+            kubernetes_validate.validate(copy.deepcopy(one), version, strict=True)
+    # The schema of a Ray cluster isn't among them; those of its pods are.
+    for pod in pods([one for one in manifests if is_ray(one)]):
+        template = copy.deepcopy(pod["spec"]["template"])
+        as_pod = {"apiVersion": "v1", "kind": "Pod", **template}
+        as_pod["metadata"]["name"] = "node"
+        kubernetes_validate.validate(as_pod, version, strict=True)
 
 
 def test_each_manifest_is_there_once_and_in_the_namespace(manifests: list[Manifest]) -> None:
@@ -309,7 +343,9 @@ def test_pods_name_only_what_there_is(manifests: list[Manifest]) -> None:
     page = (ROOT / "docs" / "deploy.md").read_text()
     for pod in pods(manifests):
         labels = pod["spec"]["template"]["metadata"]["labels"]
-        assert pod["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        assert pod["spec"].get("selector", {"matchLabels": {}})["matchLabels"].items() <= (
+            labels.items()
+        )
         spec = pod["spec"]["template"]["spec"]
         for volume in spec["volumes"]:
             if "persistentVolumeClaim" in volume:
@@ -317,14 +353,17 @@ def test_pods_name_only_what_there_is(manifests: list[Manifest]) -> None:
                 assert ("PersistentVolumeClaim", claim) in there
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in there
+        volumes = {volume["name"] for volume in spec["volumes"]}
+        mounts = [mount for one in spec["containers"] for mount in one["volumeMounts"]]
+        assert {mount["name"] for mount in mounts} == volumes
         for one in spec["containers"]:
-            volumes = {volume["name"] for volume in spec["volumes"]}
-            assert {mount["name"] for mount in one["volumeMounts"]} == volumes
             assert is_pinned(one["image"])
-            for source in one["envFrom"]:
+            for source in one.get("envFrom", ()):
                 assert ("ConfigMap", source["configMapRef"]["name"]) in there
             for variable in one["env"]:
                 assert is_setting(variable["name"])
+                if "value" in variable:
+                    continue
                 secret = variable["valueFrom"]["secretKeyRef"]  # made by hand, as the page says
                 assert f"secret generic {secret['name']}" in page
                 assert f"--from-literal {secret['key']}=" in page
@@ -352,9 +391,9 @@ def test_pods_run_the_program_with_settings_and_models_that_can_be_read(
     models.write_text(maps["vllm-batch-models"][read.models.name])
     ModelRegistry.load(models)
     verbs = {}
-    for pod in pods(manifests):
+    for pod in ours(manifests):
         spec = pod["spec"]["template"]["spec"]
-        [one] = spec["containers"]
+        one = spec["containers"][0]
         assert is_verb(one["args"]), one["args"]
         verbs[one["args"][0]] = spec["terminationGracePeriodSeconds"]
         mounts = {mount["mountPath"] for mount in one["volumeMounts"]}
@@ -369,7 +408,7 @@ def test_probes_ask_routes_that_there_are(manifests: list[Manifest], tmp_path: P
         routes = {getattr(route, "path", "") for route in app.routes}
     finally:
         app.state.services.store.close()
-    [api] = [one for one in containers(manifests) if one["args"][0] == "serve"]
+    [api] = [one for one in containers(manifests) if one.get("args", [""])[0] == "serve"]
     assert api["livenessProbe"]["httpGet"]["path"] == "/livez"
     assert api["readinessProbe"]["httpGet"]["path"] == "/readyz"
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
@@ -400,3 +439,25 @@ def test_gpus_are_asked_for_in_the_overlay_for_gpus() -> None:
 
     assert gpus(KUBERNETES / "overlays" / "gpu") == ["1"]
     assert gpus(KUBERNETES / "overlays" / "cpu") == []
+    assert gpus(KUBERNETES / "overlays" / "ray") == ["1"]
+
+
+def test_a_worker_is_a_node_of_the_ray_cluster() -> None:
+    manifests = built(KUBERNETES / "overlays" / "ray")
+    [cluster] = [one for one in manifests if is_ray(one)]
+    lock = (ROOT / "requirements" / "cuda.lock").read_text()
+    assert f"ray=={cluster['spec']['rayVersion']}\n" in lock
+    assert len({one["image"] for one in containers(manifests)}) == 1
+    [worker] = [one for one in ours(manifests) if one["metadata"]["name"] == "vllm-batch-worker"]
+    program, node = worker["spec"]["template"]["spec"]["containers"]
+    assert node["command"][:2] == ["ray", "start"]
+    # The operator names the head's service so.
+    assert f"{cluster['metadata']['name']}-head-svc:6379" in node["args"]
+    shared = {mount["mountPath"] for mount in node["volumeMounts"]}
+    assert shared <= {mount["mountPath"] for mount in program["volumeMounts"]}
+    everybody = [pod["spec"]["template"] for pod in [worker, *pods([cluster])]]
+    assert all(template["metadata"]["labels"]["vllm-batch/ray"] == "true" for template in everybody)
+    for one in (
+        container for template in everybody for container in template["spec"]["containers"]
+    ):
+        assert {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} <= {variable["name"] for variable in one["env"]}
