@@ -54,7 +54,7 @@ def test_equal_requests_are_computed_once(site: Site) -> None:
     assert batch.progress.tokens.prompt_tokens == 3000  # as the lines' own usage says
     assert num_computed(site, "sim") == 50
     log = site.log(batch_id)
-    assert "950 requests for sim repeat" in log
+    assert "950 of the requests for sim repeat" in log
     assert "950 deduplicated" in log
 
 

@@ -44,7 +44,7 @@ def defect_after(
 ) -> None:
     """The runner meets a defect once so many results are on disk."""
 
-    def log_progress(run: Any, num_in_flight: int) -> None:
+    def log_progress(run: Any, num_in_flight: int, stats: Any) -> None:
         if run._log.progress.done >= num_done:
             also(run._batch)
             raise KeyError("a prompt, perhaps")
