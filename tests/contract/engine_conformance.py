@@ -37,12 +37,17 @@ def collect_all(
     """Collect until each of `numbers` has its outcome. Fails on a second one, or a stranger's."""
     outcomes: dict[int, Outcome] = {}
     deadline = time.monotonic() + deadline_s
-    while len(outcomes) < len(numbers):
-        assert time.monotonic() < deadline, f"{len(outcomes)} of {len(numbers)} in {deadline_s} s"
-        for outcome in engine.collect(1.0):
-            assert outcome.number in numbers, f"nobody asked for {outcome.number}"
-            assert outcome.number not in outcomes, f"{outcome.number} was answered twice"
-            outcomes[outcome.number] = outcome
+    try:
+        while len(outcomes) < len(numbers):
+            told = f"{len(outcomes)} of {len(numbers)} in {deadline_s} s"
+            assert time.monotonic() < deadline, told
+            for outcome in engine.collect(1.0):
+                assert outcome.number in numbers, f"nobody asked for {outcome.number}"
+                assert outcome.number not in outcomes, f"{outcome.number} was answered twice"
+                outcomes[outcome.number] = outcome
+    except AssertionError:
+        engine.cancel(numbers)  # the engine is shared: the next test doesn't get their answers
+        raise
     return outcomes
 
 
