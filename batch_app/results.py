@@ -256,14 +256,26 @@ class ResultsLog:
         return int(self._status[number])
 
     def tokens(self, number: int) -> TokenCounts:
-        """What a done request used."""
-        at = int(self._offset[number]) - HEADER_BYTES
-        head = os.pread(self._reader(number), HEADER_BYTES, at)
-        return TokenCounts(*_HEAD.unpack_from(head)[3:7])
+        """What a done request used. Raises as `read`."""
+        return TokenCounts(*self._whole(number)[0].tokens)
 
     def read(self, number: int) -> bytes:
-        """The output line of a done request, without its line feed."""
-        return os.pread(self._reader(number), int(self._length[number]), int(self._offset[number]))
+        """The output line of a done request, without its line feed.
+
+        Raises ResultsLogError where it is not what was written: disks change bytes under way, too.
+        Opened anew, the log no longer has that result, and the request runs again.
+        """
+        return self._whole(number)[1]
+
+    def _whole(self, number: int) -> tuple[Frame, bytes]:
+        at = int(self._offset[number]) - HEADER_BYTES
+        raw = os.pread(self._reader(number), HEADER_BYTES + int(self._length[number]), at)
+        frame = _decode(raw, 0, at)
+        if frame is None or frame.number != number:
+            raise ResultsLogError(
+                f"The result of request {number} was damaged on the disk after it was written."
+            )
+        return frame, raw[HEADER_BYTES:]
 
     def _reader(self, number: int) -> int:
         which = int(self._segment_of[number])

@@ -220,6 +220,8 @@ class _Run:
                 crash_point("all-run")
                 self._move(BatchStatus.FINALIZING)
                 crash_point("finalizing")
+            elif status is BatchStatus.FINALIZING and len(self._log.todo()):
+                self._run_groups()  # a result that was there was damaged meanwhile
             self._finish(BatchStatus.CANCELLED if status is BatchStatus.CANCELLING else None)
         except Cancelled:
             self._keeper.flush()
@@ -360,7 +362,8 @@ class _Run:
         self._keeper.check()
         if self._keeper.cancel_requested.is_set():
             raise Cancelled
-        if self._batch.expires_at and self._runner._clock() >= self._batch.expires_at:
+        ends = self._batch.expires_at if self._batch.status is BatchStatus.RUNNING else None
+        if ends and self._runner._clock() >= ends:
             raise Expired
         if self._runner._stop.is_set() and not draining:
             raise Stopped
@@ -471,14 +474,9 @@ class _Run:
 
     def _write_benchmark(self, *, failed: bool) -> None:
         tally, lives, runner, entry = self._tally, self._lives, self._runner, self._entry
-        info = lives.info if lives else None
-        if (
-            lives is None
-            or info is None
-            or entry is None
-            or not tally.num_succeeded
-            or len(self._index.models) != 1
-        ):
+        if lives is None or lives.info is None or entry is None:
+            return
+        if not tally.num_succeeded or len(self._index.models) != 1:
             return  # nothing was computed in this claim, or not by one model
         tally.num_deaths = lives.num_deaths
         machine = runner.outlook.machine()
@@ -486,7 +484,7 @@ class _Run:
             tally,
             self._batch,
             entry,
-            info,
+            lives.info,
             inference_s=lives.inference_s,
             timestamp=runner._clock(),
             machine=machine.name,

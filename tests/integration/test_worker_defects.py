@@ -116,6 +116,34 @@ def test_a_defect_in_publishing_ends_it_without_files(
     assert batch.progress.completed == 3
 
 
+def test_a_result_damaged_before_it_is_published_runs_again(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody sees the flipped byte, and nothing else runs again."""
+    batch_id = site.submit((echo_line(n) for n in range(50)), "sim")
+    publish = runner.publish
+
+    def flipped_before(*given: Any) -> Any:
+        (path,) = site.data.work_dir(batch_id).glob("results-*.log")
+        path.write_bytes(path.read_bytes().replace(b"say number 7", b"say number 8", 1))
+        return publish(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "publish", flipped_before)
+        work(worker)
+    paused = site.batch(batch_id)
+    assert paused.status is BatchStatus.FINALIZING
+    assert "request 7 was damaged" in (paused.pause_reason or "")
+    # Its window is over by now; but all had been answered in time.
+    site.set_row("batches", batch_id, expires_at=paused.created_at)
+    work(worker)
+    batch = site.batch(batch_id)
+    assert batch.status is BatchStatus.COMPLETED
+    assert (batch.progress.completed, batch.progress.failed) == (50, 0)
+    assert_answers_echo(site.results(batch_id), 50)
+    assert "Going on: 49 of 50 requests are done." in site.log(batch_id)
+
+
 def test_no_room_for_the_files_is_no_end(
     site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

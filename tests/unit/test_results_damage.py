@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from batch_app.core import TokenCounts
 from batch_app.errors import ResultsLogError
-from batch_app.results import ResultsLog, iter_results, live_segments
+from batch_app.results import ResultsLog, encode_frame, iter_results, live_segments
 
 CORPUS = Path(__file__).parents[1] / "faults" / "corpus" / "results"
 NUM_REQUESTS = 6
@@ -109,6 +109,46 @@ def test_the_inputs_of_the_past(tmp_path: Path, entry: Path) -> None:
     with path.open("ab") as file:
         file.write(entry.read_bytes())
     assert {0, 1, 2} <= assert_nothing_wrong(tmp_path / "behind", 2)
+
+
+@given(claims=CLAIMS, data=st.data())
+def test_a_byte_flipped_while_the_log_is_open(
+    tmp_path_factory: pytest.TempPathFactory, claims: list[list[int]], data: st.DataObject
+) -> None:
+    """What was good when it was written, or recovered, need not be so when it is published."""
+    folder = tmp_path_factory.mktemp("open")
+    written(folder, claims)
+    log = ResultsLog(folder, NUM_REQUESTS, len(claims) + 1)
+    for number in log.todo().tolist():
+        log.append(number, 200, TOKENS, line(number))
+    log.commit()
+    path = data.draw(st.sampled_from([segment.path for segment in live_segments(folder)]))
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    said = 0
+    for number in range(NUM_REQUESTS):
+        try:
+            assert log.read(number) == line(number)
+            assert log.tokens(number) == TOKENS
+        except ResultsLogError:
+            said += 1
+    assert said <= 1
+    log.close()
+    assert assert_nothing_wrong(folder, len(claims) + 2) <= set(range(NUM_REQUESTS))
+
+
+def test_the_line_of_another_request_is_not_read_for_ours(tmp_path: Path) -> None:
+    """A disk that puts a good block into the wrong place."""
+    (path,) = written(tmp_path, [[0]])
+    log = ResultsLog(tmp_path, NUM_REQUESTS, 2)
+    frame = encode_frame(0, 200, TOKENS, line(0))
+    other = encode_frame(1, 200, TOKENS, line(0))
+    path.write_bytes(path.read_bytes().replace(frame, other))
+    with pytest.raises(ResultsLogError, match="request 0"):
+        log.read(0)
+    log.close()
 
 
 def test_a_segment_that_is_gone_is_said_and_not_passed_over(tmp_path: Path) -> None:
