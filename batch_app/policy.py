@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from batch_app.constraints import grammar, regex, schema, schema_or_text, schema_text
 from batch_app.core import Endpoint
 from batch_app.shapes import (
     BodyLimits,
@@ -20,7 +21,6 @@ from batch_app.shapes import (
     boolean,
     empty,
     fields,
-    grammar,
     image,
     integer,
     kind,
@@ -29,9 +29,7 @@ from batch_app.shapes import (
     one_of,
     problem,
     record,
-    regex,
     scalar,
-    schema,
     stop_strings,
     string_or,
     text,
@@ -95,7 +93,7 @@ _sampling: dict[str, Check] = {
     "cache_salt": text_up_to(128),
     "structured_outputs": record(
         (),
-        json=string_or(schema),
+        json=schema_or_text,
         regex=regex,
         choice=array(text_up_to(4096), most=1024),
         grammar=grammar,
@@ -103,7 +101,7 @@ _sampling: dict[str, Check] = {
         disable_any_whitespace=boolean,
         disable_additional_properties=boolean,
         whitespace_pattern=regex,
-        structural_tag=grammar,
+        structural_tag=schema_text,
     ),
     # What OpenAI's clients send along; no part of the answer depends on it.
     "user": text,

@@ -9,11 +9,12 @@ import orjson
 import pytest
 
 from batch_app.config import load_settings
+from batch_app.constraints import MAX_REGEX_UNFOLDED, unfolded_size
 from batch_app.core import Endpoint
 from batch_app.errors import ConfigError
 from batch_app.lines import LineParser, LineProblem, RequestLine
 from batch_app.policy import ALLOWED, REFUSED, check_body, check_template_arguments
-from batch_app.shapes import MAX_REGEX_UNFOLDED, BodyLimits, is_address, unfolded_size
+from batch_app.shapes import BodyLimits, is_address
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 NEEDED: dict[str, dict[str, Any]] = {
@@ -137,6 +138,53 @@ ATTACKS: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"structured_outputs": {"regex": "a" * 5000}}, "structured_outputs.regex"),
     (CHAT, {"structured_outputs": {"grammar": "a" * 70_000}}, "structured_outputs.grammar"),
     (CHAT, {"structured_outputs": {"_backend": "x"}}, "structured_outputs._backend"),
+    (CHAT, {"structured_outputs": {"regex": "(a|a)*" * 300}}, "structured_outputs.regex"),
+    (CHAT, {"structured_outputs": {"regex": "a{2,}" * 300}}, "structured_outputs.regex"),
+    (CHAT, {"structured_outputs": {"grammar": 'root ::= ((("a"{99}){99}){99})'}}, "structured_out"),
+    (
+        CHAT,
+        {"structured_outputs": {"grammar": 'root ::= ("a"|"a")*' * 300}},
+        "structured_outputs.g",
+    ),
+    # A schema may come as a text, and is no other for that.
+    (
+        CHAT,
+        {"structured_outputs": {"json": '{"pattern":"(a{500}){500}"}'}},
+        "structured_outputs.js",
+    ),
+    (
+        CHAT,
+        {"structured_outputs": {"json": '{"$ref":"http://10.0.0.1/x"}'}},
+        "structured_outputs.js",
+    ),
+    (CHAT, {"structured_outputs": {"json": '{"maxItems":1000000000}'}}, "structured_outputs.json"),
+    (
+        CHAT,
+        {"structured_outputs": {"json": '{"items":' * 40 + "{}" + "}" * 40}},
+        "structured_outpu",
+    ),
+    (CHAT, {"structured_outputs": {"json": "[" * 20_000}}, "structured_outputs.json"),
+    (
+        CHAT,
+        {"structured_outputs": {"json": f'{{"title":"{"x" * 70_000}"}}'}},
+        "structured_outputs.j",
+    ),
+    (CHAT, {"structured_outputs": {"json": '{"pattern":'}}, "structured_outputs.json"),
+    (CHAT, {"structured_outputs": {"json": '"x"'}}, "structured_outputs.json"),
+    (
+        CHAT,
+        {
+            "structured_outputs": {
+                "structural_tag": '{"format":{"type":"regex","pattern":"(a{500}){500}"}}'
+            }
+        },
+        "structured_outputs.structural_tag.pattern",
+    ),
+    (
+        CHAT,
+        {"response_format": {"type": "structural_tag", "format": {"grammar": '("a"|"a")*' * 300}}},
+        "response_format.format.grammar",
+    ),
     (CHAT, function({"properties": {"a": {"pattern": "(a{500}){500}"}}}), "tools[0].function.para"),
     (CHAT, function({"properties": {"a": {"pattern": 5}}}), "tools[0].function.parameters.pattern"),
     (CHAT, function({"patternProperties": {"(a{500}){500}": {}}}), "tools[0].function.parameters"),
@@ -199,6 +247,10 @@ def test_deep_schemas(depth: int) -> None:
         (CHAT, {"stop_token_ids": [1, 2], "min_tokens": 3, "logit_bias": {"5": -100}}),
         (CHAT, {"structured_outputs": {"choice": ["a", "b"]}, "reasoning_effort": "low"}),
         (CHAT, {"structured_outputs": {"regex": r"[a-z]{1,64}@[a-z]{1,255}\.(com|org){1,2}"}}),
+        (CHAT, {"structured_outputs": {"regex": r"[*+]{9}(\*|\+){9}" * 90}}),
+        (CHAT, {"structured_outputs": {"json": '{"type":"object","properties":{"a":{}}}'}}),
+        (CHAT, {"structured_outputs": {"structural_tag": '{"structures":[],"triggers":["<f>"]}'}}),
+        (CHAT, {"structured_outputs": {"grammar": 'root ::= "*" [a-z]+ "(" root? ")" | "{5}"'}}),
         (CHAT, function({"type": "object", "properties": {"pattern": {"type": "string"}}})),
         (CHAT, function({"properties": {"a": {"pattern": r"^\d{3}-\d{4}$", "$ref": "#/$defs/a"}}})),
         (CHAT, {"tool_choice": {"type": "function", "function": {"name": "f"}}}),
