@@ -34,7 +34,7 @@ from batch_app.routes.authentication import Authentication
 from batch_app.routes.description import describe
 from batch_app.routes.middleware import Hosts, Origins, RequestIds, SecurityHeaders, is_loopback
 from batch_app.routes.services import Services
-from batch_app.routes.slow_clients import BodyLimits, with_header_timeout
+from batch_app.routes.slow_clients import BodyLimits, bounded_headers
 
 #: Seconds that answers under way get at shutdown. Uploads cut off here leave nothing behind.
 SHUTDOWN_S = 8
@@ -150,7 +150,7 @@ def serve(settings: Settings) -> int:
         log_config=logs.server_config(uvicorn.config.LOGGING_CONFIG),
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
-        http=with_header_timeout(settings.client_timeout_s),
+        http=bounded_headers(settings.client_timeout_s),
         # Whoever calls from this machine could else say that it was somebody else.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         ws="none",

@@ -1,6 +1,6 @@
 """Clients that send slowly, or send what would grow: they cost a connection, and that not for long.
 
-Headers are waited for by the protocol (`with_header_timeout`), bodies by `BodyLimits`.
+Headers are bounded by the protocol (`bounded_headers`), bodies by `BodyLimits`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from batch_app.routes.errors import answer
 
 #: Seconds that the rest of a refused body may take, which is thrown away.
 LONGEST_REST_S = 600.0
+#: What a request may have beside its body; for each byte of that, so many of the frames around it.
+MAX_HEADER_BYTES = 64 << 10
+FRAME_BYTES = 16
+_TOO_LONG = b"HTTP/1.1 431 Too Long\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 
 
 class BodyLimits:
@@ -68,28 +72,50 @@ class BodyLimits:
         return num_bytes / self._min_rate if self._min_rate else float("inf")
 
 
-def with_header_timeout(timeout_s: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which closes a connection whose request headers take longer than this.
+def bounded_headers(timeout_s: float) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, which closes a connection whose request headers, or trailers, take longer
+    than this or become longer than `MAX_HEADER_BYTES`.
 
-    uvicorn itself bounds only the pause between two requests.
+    uvicorn itself bounds only the pause between two requests, and what its pure Python parser
+    reads; the other one gathers a header of any length, in a time that grows with its square.
     """
+    tells_of_bodies = hasattr(AutoHTTPProtocol, "on_body")
 
     class Protocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         _header_timer: asyncio.TimerHandle | None = None
+        _header_bytes = 0  # that have arrived of a request, beside those of its body
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._wait(timeout_s)
 
         def data_received(self, data: bytes) -> None:
+            self._header_bytes += len(data)
             super().data_received(data)
-            if not self._is_between_requests():
+            self._header_bytes = max(self._header_bytes, 0)
+            if tells_of_bodies and self._header_bytes > MAX_HEADER_BYTES:
+                self._refuse()
+            elif not self._is_between_requests():
                 self._stop_waiting()
             elif self._header_timer is None:
                 # What was refused before it had all arrived may first be sent to its end: many
                 # clients read no answer before.
                 refused_early = self.cycle is not None and self.cycle.more_body
                 self._wait(LONGEST_REST_S if refused_early else timeout_s)
+
+        def on_headers_complete(self) -> None:
+            self._header_bytes = 0  # what this piece has of them isn't long
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._header_bytes -= (1 + FRAME_BYTES) * len(body)
+            super().on_body(body)
+
+        def _refuse(self) -> None:
+            if not self.transport.is_closing():
+                if self._is_between_requests():
+                    self.transport.write(_TOO_LONG)
+                self.transport.close()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()

@@ -24,6 +24,7 @@ from batch_app.config import Settings
 from batch_app.core import Batch
 from batch_app.files import DataDir
 from batch_app.routes.services import Services
+from batch_app.routes.slow_clients import bounded_headers
 from batch_app.store import Store
 from support.waiting import wait_for
 
@@ -165,7 +166,13 @@ def start_api(api_settings: Settings) -> Iterator[Callable[..., Api]]:
         settings = api_settings.model_copy(update=changes)
         app = create_app(settings)
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            ws="none",
+            http=bounded_headers(settings.client_timeout_s),
+            timeout_graceful_shutdown=5,
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -10,6 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import requests
 from batch_app.access import KeyChanges
 from batch_app.core import utc_now
 from batch_app.keys import Scope, new_key
+from batch_app.routes.slow_clients import MAX_HEADER_BYTES
 from integration.api_fixtures import Api, ServerProcess, input_file, request_line
 from support.waiting import wait_for
 
@@ -259,6 +262,51 @@ def test_so_many_uploads_at_once_and_no_more(start_api: Callable[..., Api]) -> N
         thread.join(timeout=120)
     assert answers[0].status_code == 200
     assert api.call("POST", "/v1/batches", headers=bearer(token), **form).status_code == 200
+
+
+def sent_without_end(api: Api, begin: bytes) -> bytes:
+    """What the server says to this, and a header that goes on as long as it listens."""
+    host, port = api.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.settimeout(120)
+        sent = 0
+        with suppress(OSError):
+            connection.sendall(begin)
+            while sent < 64 << 20:
+                connection.sendall(b"x" * 65536)
+                sent += 65536
+        assert sent < 64 << 20, "it listened for ever"
+        with suppress(OSError):
+            return connection.recv(65536)
+    return b""
+
+
+@pytest.mark.skipif(
+    find_spec("httptools") is None, reason="the other parser has a bound of its own"
+)
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Long: ",
+        b"GET /",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ",
+    ],
+    ids=["header", "address", "trailer"],
+)
+def test_headers_without_end_are_cut(api: Api, begin: bytes) -> None:
+    said = sent_without_end(api, begin)
+    assert said == b"" or said.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+    api.assert_nothing_left()
+
+
+def test_a_body_in_many_small_pieces_is_no_header(api: Api) -> None:
+    """Frames of five bytes around each byte of it."""
+    content = b"".join(request_line(f"r{number}", x="y" * 900) for number in range(40))
+    body = FORM_HEAD + content + b"\r\n--xyz--\r\n"
+    assert len(body) > MAX_HEADER_BYTES / 2
+    sent = {"content-type": "multipart/form-data; boundary=xyz"}
+    pieces = (body[at : at + 1] for at in range(len(body)))
+    assert api.call("POST", "/v1/batches", data=pieces, headers=sent).status_code == 200
 
 
 # -- slow clients ----------------------------------------------------------------------------------
