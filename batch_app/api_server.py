@@ -134,6 +134,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Run the server until a signal ends it. Returns the process's exit code."""
+    logs.keep_texts_out()
     if settings.log_format == "json":
         logs.set_up(settings.log_format)  # before the first thing that can be said
     try:

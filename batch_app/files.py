@@ -123,7 +123,10 @@ class DataDir:
         return self.root / "logs" / "engine.log"
 
     def create(self) -> None:
-        """Make the folders that are not there yet."""
+        """Make the folders that are not there yet; a new data folder is for its user alone."""
+        if not self.root.exists():
+            self.root.parent.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, exist_ok=True)
         for folder in (
             self.incoming,
             self.batches / "input",

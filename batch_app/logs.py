@@ -1,6 +1,8 @@
 """What the processes print: text for a terminal, or one JSON object a line for a collector.
 
-Neither ever has a prompt or an answer in it. A batch's own log, for its owner, is `batch_log`.
+Neither ever has a prompt or an answer in it. Of an exception that is none of ours they have the
+kind and the place, not the text, which may repeat what somebody sent. A batch's own log, for its
+owner, is `batch_log`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,12 @@ import json
 import logging
 import re
 import sys
+import threading
+import traceback
 from datetime import UTC, datetime
 from typing import Any
+
+from batch_app.errors import BatchAppError
 
 _BATCH_ID = re.compile(r"\bbatch_[0-9a-f]{24}\b")
 _ACCESS = "uvicorn.access"
@@ -36,15 +42,58 @@ class JsonFormatter(logging.Formatter):
             client, method, path, _, status = record.args
             line |= {"client": client, "method": method, "path": path, "status": status}
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
+            line["exception"] = record.exc_text or self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
 _is_json = False
+_keeps_texts_out = False
+
+
+def keep_texts_out() -> None:
+    """From here on, whatever logs an exception, and whatever thread dies of one, leaves out what
+    `told` does."""
+    global _keeps_texts_out
+    if _keeps_texts_out:
+        return
+    _keeps_texts_out = True
+    make_record = logging.getLogRecordFactory()
+
+    def make(*arguments: Any, **named: Any) -> logging.LogRecord:
+        record = make_record(*arguments, **named)
+        if record.exc_info and record.exc_info[1] is not None:
+            record.exc_text = told(record.exc_info[1])  # formatters take it as it is
+        return record
+
+    def on_end_of_thread(end: threading.ExceptHookArgs) -> None:
+        name = end.thread.name if end.thread else "A thread"
+        logger.error("%s ended.", name, exc_info=end.exc_value)
+
+    logging.setLogRecordFactory(make)
+    threading.excepthook = on_end_of_thread
+
+
+def told(error: BaseException) -> str:
+    """Kind and place of an exception, and of those that led to it. The text, only where it is ours
+    or the operating system's."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    parts = []
+    for each in reversed(chain):
+        text = f": {each}" if isinstance(each, BatchAppError | OSError) else ""
+        parts += traceback.format_tb(each.__traceback__)
+        parts.append(f"{type(each).__module__}.{type(each).__qualname__}{text}\n")
+        if isinstance(each, BaseExceptionGroup):
+            parts += [f"{told(inner)}\n" for inner in each.exceptions]
+    return "".join(parts).rstrip("\n")
 
 
 def set_up(log_format: str) -> None:
     """Decide what this process prints; called once, at its start."""
+    keep_texts_out()
     global _is_json
     _is_json = log_format == "json"
     if _is_json:

@@ -145,6 +145,7 @@ def _scopes(fields: Mapping[str, list[str]]) -> list[Scope]:
 def _end(now: datetime, days: str) -> datetime | None:
     if not days:
         return None
-    if not days.isascii() or not days.isdigit() or not 1 <= int(days[:5]) <= MAX_DAYS:
+    is_number = days.isascii() and days.isdigit() and len(days) <= len(str(MAX_DAYS))
+    if not is_number or not 1 <= int(days) <= MAX_DAYS:
         raise BadRequest(f"A key ends after 1 to {MAX_DAYS} days, or never if that is empty.")
     return now + timedelta(days=int(days))

@@ -67,6 +67,7 @@ def connect(url: URL) -> Engine:
         connect_args=given,
         pool_pre_ping=True,
         use_native_hstore=False,
+        hide_parameters=True,  # errors end in logs, secrets of webhooks don't
         pool_size=5,
         max_overflow=15,
     )

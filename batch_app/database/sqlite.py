@@ -47,7 +47,11 @@ def connect(url: URL) -> Engine:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     driver = sqlite_driver()
     engine = create_engine(
-        url, module=driver, connect_args={"timeout": BUSY_TIMEOUT_S}, pool_size=20
+        url,
+        module=driver,
+        connect_args={"timeout": BUSY_TIMEOUT_S},
+        pool_size=20,
+        hide_parameters=True,  # errors end in logs, secrets of webhooks don't
     )
     journal = "WAL" if has_safe_wal(driver.sqlite_version_info) else "TRUNCATE"
 

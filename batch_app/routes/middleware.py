@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from batch_app.access import Access
+from batch_app.batch_log import printable
 from batch_app.config import Settings
 from batch_app.errors import Forbidden, StoreUnavailable
 from batch_app.routes.authentication import SAFE_METHODS
@@ -63,9 +64,11 @@ class RequestIds:
         try:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnect:
-            logger.info("%s %s: the client went away", scope["method"], scope["path"])
+            path = printable(scope["path"])  # what it was escaped for could forge a line
+            logger.info("%s %s: the client went away", scope["method"], path)
         except Exception:
-            logger.exception("%s %s failed (%s)", scope["method"], scope["path"], request_id)
+            path = printable(scope["path"])
+            logger.exception("%s %s failed (%s)", scope["method"], path, request_id)
             if not started:
                 await internal_error()(scope, receive, send_with_id)
 

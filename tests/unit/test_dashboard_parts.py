@@ -13,9 +13,11 @@ import pytest
 
 from batch_app.core import Batch, BatchStatus, Dialect, Progress, Sample, TokenCounts, Waiting
 from batch_app.dashboard import charts, failures, formats
+from batch_app.dashboard.accounts import _end as end_of_key
 from batch_app.dashboard.charts import Look, Run, Theme, Width
 from batch_app.dashboard.rendering import safe_next
 from batch_app.dashboard.views import NO_WORKER, Crew, Line, batch_view, speed_now
+from batch_app.errors import BadRequest
 from batch_app.estimates import Estimate
 from batch_app.files import DataDir
 from batch_app.results import ResultsLog
@@ -305,3 +307,11 @@ def test_after_a_sign_in_nobody_is_sent_elsewhere() -> None:
     for target in ("//evil.example", "https://evil.example", "/\\evil.example", "", "/a\nb", "x"):
         assert safe_next(target) == "/"
     assert safe_next("/batches/batch_1?x=1") == "/batches/batch_1?x=1"
+
+
+@pytest.mark.parametrize("days", ["0", "3651", "-1", "1.5", "٣", "365000000", "0" * 5000 + "1"])
+def test_a_key_ends_within_ten_years_or_never(days: str) -> None:
+    with pytest.raises(BadRequest, match="1 to 3650 days"):
+        end_of_key(NOW, days)
+    assert end_of_key(NOW, "3650") == NOW + timedelta(days=3650)
+    assert end_of_key(NOW, "") is None
