@@ -84,13 +84,13 @@ async def receive(
     """
     _check_headers(incoming.services.settings, headers)
     incoming.begin(headers.get("content-type"))
-    with _under_way(incoming.services):
+    with under_way(incoming.services):
         return await _received(incoming, chunks)
 
 
 @contextmanager
-def _under_way(services: UploadServices) -> Iterator[None]:
-    """Counts the upload for as long as it lasts."""
+def under_way(services: UploadServices) -> Iterator[None]:
+    """Counts the upload, or what costs as much, for as long as it lasts. Raises TooMany."""
     owner, limit = services.caller.owner, services.settings.max_open_uploads
     if services.under_way[owner] >= limit:
         raise TooMany(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from anyio import to_thread
 from fastapi import APIRouter, Query, Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from batch_app.core import FilePurpose
 from batch_app.dry_run import DryRun
 from batch_app.errors import BadRequest, NotFound
 from batch_app.files import IncomingFolder
-from batch_app.incoming import Incoming, UploadServices, receive
+from batch_app.incoming import Incoming, UploadServices, receive, under_way
 from batch_app.keys import Caller
 from batch_app.routes.answers import form_schema, json_answer, json_schema, refusals
 from batch_app.routes.bodies import is_json, read_json
@@ -63,11 +63,15 @@ class EstimateUpload(Incoming[DryRun]):
 async def estimate(request: Request) -> Response:
     """A dry run: which lines would fail, and how long the others would take on each model."""
     own = services(request)
+    uploads = own.for_uploads(caller(request))
     if is_json(request):
         wish, _ = await read_json(request, EstimateWish)
-        found = await run_in_threadpool(_of_file, own, caller(request), wish)
+        with under_way(uploads):  # to look at a file costs as much as to take one in
+            found = await to_thread.run_sync(
+                _of_file, own, uploads.caller, wish, limiter=uploads.limiter
+            )
     else:
-        upload = EstimateUpload(own, own.for_uploads(caller(request)))
+        upload = EstimateUpload(own, uploads)
         found = await receive(upload, dict(request.headers), request.stream())
     return json_answer(dry_run_body(found))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from anyio import to_thread
 from fastapi import APIRouter, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -303,7 +304,10 @@ async def complete_upload(request: Request, upload_id: str) -> Response:
     """Put the parts together, in the order of `part_ids`."""
     own = services(request)
     wish, _ = await read_json(request, UploadComplete)
-    return json_answer(await run_in_threadpool(_complete, own, caller(request), upload_id, wish))
+    body = await to_thread.run_sync(
+        _complete, own, caller(request), upload_id, wish, limiter=own.upload_limiter
+    )
+    return json_answer(body)
 
 
 def _complete(own: Services, asks: Caller, upload_id: str, wish: UploadComplete) -> UploadBody:

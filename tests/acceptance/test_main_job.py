@@ -229,6 +229,51 @@ def test_a_prompt_too_long_for_the_model_fails_alone(
     assert "very long" not in site.log(batch_id)
 
 
+def test_what_was_asked_stands_in_no_log(
+    site: Site, server: Server, root: Path, tmp_path: Path
+) -> None:
+    """Also what vLLM refuses, of which its errors repeat much."""
+    mark = "zebra-crossing-at-midnight"
+    asked = {"messages": [{"role": "user", "content": f"{mark}?"}], "max_tokens": 8}
+    function = {"name": mark, "parameters": {"type": "nonsense"}}
+    schema = {"name": mark, "schema": {"$ref": f"#/{mark}"}}
+    more: list[dict[str, Any]] = [
+        {},
+        {"messages": [{"role": mark, "content": mark}]},
+        {"messages": [{"role": "user", "content": f"{mark} " * 1000}]},
+        {"n": -1},
+        {"logit_bias": {mark: 1}},
+        {"stop": [mark], "min_tokens": 500},
+        {"structured_outputs": {"regex": f"{mark}(((("}},
+        {"structured_outputs": {"json": {"type": mark}}},
+        {"structured_outputs": {"grammar": f"root ::= {mark} ("}},
+        {"tools": [{"type": "function", "function": function}]},
+        {"response_format": {"type": "json_schema", "json_schema": schema}},
+    ]
+    bodies = [asked | each for each in more]
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(
+        b"".join(
+            orjson.dumps({"custom_id": str(n), "body": body}) + b"\n"
+            for n, body in enumerate(bodies)
+        )
+    )
+    batch_id = submit(server, path)["batch_id"]
+    ensure_worker(site)
+    batch = site.wait_until_done(batch_id, timeout_s=240)
+    assert batch.progress.completed >= 1
+    assert batch.progress.failed >= 4
+    content = {"input", "output", "active", "incoming"}
+    files = [each for each in root.rglob("*") if each.is_file()]
+    said = {
+        each.name
+        for each in files
+        if not content & set(each.relative_to(root).parts) and mark.encode() in each.read_bytes()
+    }
+    assert {"api.out", "worker.out", "engine.log"} <= {each.name for each in files}
+    assert said == set()
+
+
 def test_nobody_outside_reaches_what_the_engine_listens_on(site: Site, server: Server) -> None:
     ensure_worker(site)
     batch_id = submit(server, REPO / "batch_100_real.jsonl")["batch_id"]

@@ -21,6 +21,8 @@ import requests
 
 from batch_app.access import KeyChanges
 from batch_app.core import utc_now
+from batch_app.dry_run import DryRuns
+from batch_app.errors import BadRequest
 from batch_app.keys import Scope, new_key
 from batch_app.routes.slow_clients import MAX_HEADER_BYTES
 from integration.api_fixtures import Api, ServerProcess, input_file, request_line
@@ -262,6 +264,42 @@ def test_so_many_uploads_at_once_and_no_more(start_api: Callable[..., Api]) -> N
         thread.join(timeout=120)
     assert answers[0].status_code == 200
     assert api.call("POST", "/v1/batches", headers=bearer(token), **form).status_code == 200
+
+
+def test_looks_at_a_file_count_as_uploads(
+    start_api: Callable[..., Api], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a body to send takes as long, and could take all threads there are."""
+    api = start_api(max_open_uploads=1)
+    ana, bob = make_key(api), make_key(api)
+    begun, release = threading.Event(), threading.Event()
+    answers: list[requests.Response] = []
+
+    def look(path: Path, *_: Any) -> None:
+        begun.set()
+        release.wait(120)
+        raise BadRequest("Seen.")
+
+    monkeypatch.setattr(DryRuns, "of", lambda self, *given: look(*given))
+
+    def ask(token: str) -> requests.Response:
+        form = {"files": {"file": ("in.jsonl", request_line())}, "data": {"purpose": "batch"}}
+        file = api.call("POST", "/v1/files", headers=bearer(token), **form)
+        if file.status_code != 200:
+            return file
+        wish = {"input_file_id": file.json()["id"]}
+        return api.call("POST", "/v1/estimate", headers=bearer(token), json=wish)
+
+    thread = threading.Thread(target=lambda: answers.append(ask(ana)))
+    thread.start()
+    try:
+        assert begun.wait(120)
+        refused = ask(ana)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_uploads")
+    finally:
+        release.set()
+        thread.join(timeout=120)
+    assert [answer.status_code for answer in (*answers, ask(bob))] == [400, 400]
 
 
 def sent_without_end(api: Api, begin: bytes) -> bytes:
