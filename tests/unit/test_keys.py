@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import re
 from collections.abc import Iterator
@@ -89,6 +90,20 @@ def test_another_secret_under_the_same_id_is_not_the_key() -> None:
     forged = start + checksum(start)
     assert key_id_of(forged) == key.id
     assert not is_token_of(forged, key)
+
+
+def test_a_key_is_compared_in_a_time_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, token = new_key("ana", [Scope.READ], NOW)
+    compared: list[tuple[str, str]] = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append((one, other))
+        return one == other
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    assert is_token_of(token, key)
+    assert not is_token_of(token[:-1] + "x", key)
+    assert [other for _, other in compared] == [key.digest] * 2
 
 
 def test_a_key_that_could_do_nothing_is_refused() -> None:
