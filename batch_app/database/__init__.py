@@ -175,12 +175,22 @@ def revisions(engine: Engine) -> tuple[str | None, str]:
 
 
 def migrate(engine: Engine) -> None:
-    """Bring the tables to the newest version. Safe when several processes start at once."""
+    """Bring the tables to the newest version. Safe when several processes start at once.
+
+    Raises ConfigError where a newer program has brought them further: nothing is changed then.
+    """
     present, newest = revisions(engine)
     if present == newest:
         return
     config, _ = _alembic()
-    with writing(engine) as connection:
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if present is not None and present not in known:
+        shown_url = shown(engine.url.render_as_string(hide_password=False))
+        raise ConfigError(
+            f"{shown_url} was made by a newer version of the program (its tables are of {present}, "
+            f"this version's of {newest}). Use that version, or go back to a back-up."
+        )
+    with writing(engine) if _is_postgresql(engine) else sqlite.migrating(engine) as connection:
         if _is_postgresql(engine):
             # One process migrates, the others wait for it, however long that takes.
             connection.execute(text("SET LOCAL lock_timeout = 0"))

@@ -111,14 +111,17 @@ class QueueListener:
         from psycopg import Error
 
         self._next_try = time.monotonic() + RECONNECT_AFTER_S
+        connection: Any = None
         try:
             pooled = self._engine.raw_connection()
-            connection: Any = pooled.driver_connection
+            connection = pooled.driver_connection
             pooled.detach()  # the pool would use it for something else
             connection.autocommit = True
             connection.execute(f"LISTEN {QUEUE_CHANNEL}")
         except (SQLAlchemyError, Error) as error:
             logger.warning("Can't listen for new batches: %s", first_line(error))
+            if connection is not None:
+                connection.close()
             return False
         self._connection = connection
         return True

@@ -10,17 +10,21 @@ with an older SQLite, so `pysqlite3`, which carries its own, goes first where it
 from __future__ import annotations
 
 import importlib
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 BUSY_TIMEOUT_S = 15.0
 #: Execution option of a connection whose next transaction will write.
 WRITES = "batch_app_writes"
+#: … and whose rows may point to nothing until its end.
+_MIGRATES = "batch_app_migrates"
 
 
 def has_safe_wal(version: tuple[int, int, int]) -> bool:
@@ -68,10 +72,34 @@ def connect(url: URL) -> Engine:
 
     @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
-        writes = connection.get_execution_options().get(WRITES, False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+        options = connection.get_execution_options()
+        if options.get(_MIGRATES):
+            connection.exec_driver_sql("PRAGMA foreign_keys=OFF")  # within one it does nothing
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if options.get(WRITES) else "BEGIN")
 
     return engine
+
+
+@contextmanager
+def migrating(engine: Engine) -> Iterator[Connection]:
+    """A transaction that may make a table anew, as SQLite changes most things of a table: under
+    another name, the old one dropped meanwhile although others point to it.
+
+    Raises IntegrityError where at its end a row points to nothing.
+    """
+    options = {WRITES: True, _MIGRATES: True}
+    with engine.connect().execution_options(**options) as connection:
+        try:
+            with connection.begin():
+                yield connection
+                lost = connection.exec_driver_sql("PRAGMA foreign_key_check").first()
+                if lost is not None:
+                    table, _, parent, _ = lost
+                    cause = sqlite_driver().IntegrityError(f"{table} points to lost {parent}")
+                    raise IntegrityError("PRAGMA foreign_key_check", None, cause)
+        finally:
+            driver_connection: Any = connection.connection.driver_connection
+            driver_connection.execute("PRAGMA foreign_keys=ON")
 
 
 def sqlite_path(url: str) -> Path | None:
