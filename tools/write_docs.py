@@ -81,7 +81,8 @@ RELIABILITY_TAIL = """
 written. That fsync is called where it must be is tested, that the disk obeys it isn't. Two failures
 at a time, and disks that change bytes under way, are only in the tests of the results log
 (`tests/unit/test_results.py`), which cut it at every byte and flip every byte. Several machines are
-not part of the trials.
+not part of the trials: what happens when one is lost with its disk is in
+`tests/integration/test_object_storage.py`.
 """
 
 
@@ -96,10 +97,7 @@ def reliability_page() -> str:
         f"{report['machine']}: {report['trials']} trials from seed {report['seed']}, "
         f"{report['requests']:,} requests, {len(report['failures'])} failures, "
         f"in {report['seconds']:,} s.\n\n"
-        + "| | times |\n|---|---|\n"
-        + "".join(f"| trials: {kind} | {count} |\n" for kind, count in report["kinds"].items())
-        + "".join(f"| killed: {who} | {count} |\n" for who, count in report["killed"].items())
-        + "".join(f"| {call} | {n} |\n" for call, n in report["failed_calls"].items())
+        + _what_failed(report)
         + f"\nOf {report['computed']:,} answers that the engine computed, {again:,} were computed "
         f"again after a death, "
         f"at most {report['most_computed_again']:,} in one trial. Requests that a death cut "
@@ -111,17 +109,31 @@ def reliability_page() -> str:
     )
 
 
+def _what_failed(report: dict[str, Any]) -> str:
+    return (
+        "| | times |\n|---|---|\n"
+        + "".join(f"| trials: {kind} | {count} |\n" for kind, count in report["kinds"].items())
+        + "".join(f"| killed: {who} | {count} |\n" for who, count in report["killed"].items())
+        + "".join(f"| {call} | {n} |\n" for call, n in report["failed_calls"].items())
+    )
+
+
 def _on_postgresql() -> str:
     if not REPORT_ON_POSTGRESQL.exists():
         return ""
     report = json.loads(REPORT_ON_POSTGRESQL.read_text(encoding="utf-8"))
-    restarts = sum(n for who, n in report["killed"].items() if who.startswith("database"))
+    again = report["computed"] - report["needed"]
     return (
-        "\n**On PostgreSQL** (`make torture DATABASE=postgresql`) the database itself is also "
-        "stopped or killed, and commits take place of which the answer gets lost. The last report "
-        f"([reliability-postgresql.json](reliability-postgresql.json)), of {report['date']}: "
+        "\n**On PostgreSQL** (`make torture DATABASE=postgresql`) there are two kinds of trials "
+        "more: the database itself is stopped or killed; and two API servers with two workers, "
+        "which are killed, or stand still until their leases have run out, share several batches. "
+        "Calls that fail may also be commits that take place and whose answer gets lost. The last "
+        "report ([reliability-postgresql.json](reliability-postgresql.json)), of "
+        f"{report['date']}: "
         f"{report['trials']} trials from seed {report['seed']}, {report['requests']:,} requests, "
-        f"{restarts} ends of the database, {len(report['failures'])} failures.\n"
+        f"{len(report['failures'])} failures, in {report['seconds']:,} s; of "
+        f"{report['computed']:,} answers {again:,} were computed again, at most "
+        f"{report['most_computed_again']:,} in one trial.\n\n" + _what_failed(report)
     )
 
 

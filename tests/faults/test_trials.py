@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from batch_app.faults import CRASH_POINTS
-from faults.trial import Trial
+from faults import torture
+from faults.trial import Report, Trial
 from support.postgres import PostgresServer
 
 SOURCES = Path(__file__).parents[2] / "batch_app"
@@ -36,7 +38,7 @@ def test_nothing_is_lost_or_doubled(tmp_path: Path, seed: int, kind: str, what: 
 @pytest.mark.parametrize(
     ("seed", "kind", "what"),
     [
-        (21, "kill", ""),
+        (21, "several", ""),
         (22, "database", ""),
         (26, "failing call", "commit answer"),
     ],
@@ -53,3 +55,37 @@ def test_each_crash_point_stands_in_the_code_once() -> None:
     code = "\n".join(path.read_text(encoding="utf-8") for path in SOURCES.rglob("*.py"))
     found = Counter(re.findall(r'crash_point\("([\w-]+)"\)', code))
     assert found == Counter(CRASH_POINTS)
+
+
+def test_an_interrupted_report_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+
+    def run_trial(_servers: object, seed: int, kind: str | None = None, what: str = "") -> Report:
+        ran.append(seed)
+        hit = what or "killed: worker"
+        failure = "lost" if seed % 4 == 0 else None
+        return Report(seed, kind or "kill", what, [hit], 10, 10, 10 + seed % 3, 1.0, failure)
+
+    def tell(_report: Report, number: int, num_trials: int) -> None:
+        assert num_trials == 24
+        if number == 6 and 300_000 in ran:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torture, "run_trial", run_trial)
+    monkeypatch.setattr(torture, "_tell", tell)
+    path, plan = tmp_path / "report.json", torture.plan(24, 3)
+    flags = ["--trials", "24", "--seed", "3", "--jobs", "1", "--report", str(path)]
+    torture.main([*flags, "--resume"])
+    assert json.loads(path.read_text())["trials"] == 6
+    ran.clear()
+    torture.main([*flags, "--resume"])
+    assert ran == [seed for seed, _, _ in plan[6:]]
+    whole = json.loads(path.read_text())
+    assert whole == torture.summed_up([run_trial(None, *one) for one in plan], 3, whole["seconds"])
+    ran.clear()
+    assert torture.main([*flags, "--resume"]) == 1  # some had failed; nothing is left to do
+    assert not ran
+    with pytest.raises(SystemExit):
+        torture.main(["--seed", "4", "--report", str(path), "--resume"])

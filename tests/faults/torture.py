@@ -4,7 +4,7 @@
     python -m faults.torture --database postgresql --report docs/reliability-postgresql.json
 
 Each crash point has its turn first, then chance has. A trial that fails says how to repeat it. When
-it is interrupted, the report is of the trials so far.
+it is interrupted, the report is of the trials so far, and `--resume` goes on after them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -97,6 +97,22 @@ def summed_up(reports: Iterable[Report], seed: int, seconds: float) -> dict[str,
     }
 
 
+def added(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """One report of two: of the first trials of a seed, and of those that came after them."""
+    both: dict[str, Any] = dict(later)
+    for name in ("trials", "seconds", "requests", "needed", "computed"):
+        both[name] = earlier[name] + later[name]
+    for name in ("kinds", "crash_points", "killed", "failed_calls"):
+        both[name] = {
+            one: earlier[name].get(one, 0) + later[name].get(one, 0)
+            for one in sorted(earlier[name].keys() | later[name].keys())
+        }
+    both["crash_points"] = {name: both["crash_points"][name] for name in CRASH_POINTS}
+    both["most_computed_again"] = max(earlier["most_computed_again"], later["most_computed_again"])
+    both["failures"] = [*earlier["failures"], *later["failures"]]
+    return both
+
+
 def _with_prefix(hits: Counter[str], prefix: str) -> dict[str, int]:
     found = {name.removeprefix(prefix): n for name, n in hits.items() if name.startswith(prefix)}
     return dict(sorted(found.items()))
@@ -115,7 +131,7 @@ def _tell(report: Report, number: int, num_trials: int) -> None:
         print(f"     repeat with --only {report.seed}: {report.failure}", flush=True)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
@@ -123,10 +139,21 @@ def main() -> int:
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--only", type=int, help="repeat the trial with this seed")
-    wish = parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="go on after those in the report")
+    wish = parser.parse_args(arguments)
     trials = plan(wish.trials, wish.seed)
     if wish.only is not None:
         trials = [trial for trial in plan(100_000, wish.only // 100_000) if trial[0] == wish.only]
+    earlier: dict[str, Any] | None = None
+    if wish.resume:
+        if wish.report is None or wish.only is not None:
+            parser.error("--resume goes with --report, and not with --only")
+        if wish.report.exists():
+            earlier = json.loads(wish.report.read_text(encoding="utf-8"))
+            if (earlier["seed"], earlier["version"]) != (wish.seed, __version__):
+                parser.error(f"the report is of seed {earlier['seed']}, {earlier['version']}")
+            trials = trials[earlier["trials"] :]
+    num_before = earlier["trials"] if earlier else 0
     began = time.monotonic()
     reports = []
     servers = Servers(wish.jobs if wish.database == "postgresql" else 0)
@@ -134,17 +161,19 @@ def main() -> int:
     try:
         for report in pool.map(lambda trial: run_trial(servers, *trial), trials):
             reports.append(report)
-            _tell(report, len(reports), len(trials))
+            _tell(report, num_before + len(reports), num_before + len(trials))
     except KeyboardInterrupt:
         print("Interrupted: the trials under way still finish, the others are left out.")
     finally:
         pool.shutdown(cancel_futures=True)
         servers.close()
     result = summed_up(reports, wish.seed, time.monotonic() - began)
+    if earlier is not None:
+        result = added(earlier, result)
     if wish.report:
         wish.report.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps({k: v for k, v in result.items() if k != "failures"}, indent=1))
-    print(f"{len(result['failures'])} of {len(reports)} trials failed.")
+    print(f"{len(result['failures'])} of {result['trials']} trials failed.")
     return 1 if result["failures"] else 0
 
 

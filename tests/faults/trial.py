@@ -84,7 +84,7 @@ class Trial:
     ) -> None:
         """With a server of PostgreSQL's, which it has for itself, the trial runs on that."""
         self.chance = random.Random(seed)
-        more = ["database"] if postgres else []
+        more = ["database", "several"] if postgres else []
         self.kind = kind or self.chance.choice(["kill", "crash point", "failing call", *more])
         self.what = what
         self.postgres = postgres
@@ -119,7 +119,7 @@ class Trial:
         seqs = self.chance.choice([4, 16, 64])
         if self.what in IN_THE_MIDDLE:
             step_s, seqs = 0.05, 4
-        if self.kind in ("kill", "database"):  # so that there is something to interrupt
+        if self.kind in ("kill", "database", "several"):  # so that there is something to interrupt
             step_s, seqs = self.chance.choice([0.02, 0.05]), self.chance.choice([4, 16])
         return (
             '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
@@ -184,6 +184,54 @@ class Trial:
         assert worker.poll() is None, "the worker ended"
         for process in (server, worker):
             kill_tree(process.pid)
+
+    def _several(self) -> None:
+        """Two API servers and two workers on one database, while they are killed at random times,
+        or stand still for longer than their lease."""
+        urls = [self.site.start_server()]
+        servers = [self.site.last_process]
+        urls.append(self.site.start_server())
+        servers.append(self.site.last_process)
+        workers = [self.site.start_worker(), self.site.start_worker()]
+        batch_ids = [self._upload(urls[number % 2]) for number in range(self.chance.randint(2, 3))]
+        for _ in range(self.chance.randint(2, 4)):
+            if all(self.site.batch(batch_id).is_terminal for batch_id in batch_ids):
+                break
+            time.sleep(self.chance.uniform(0.2, 1.5))
+            victim = self.chance.choice(["worker", "stalled", "engine", "server", "everything"])
+            one = self.chance.randrange(2)
+            if victim == "stalled":
+                self._stall(workers[one])
+                continue
+            self.report.hit.append(f"killed: {victim}")
+            if victim == "engine":
+                self._kill_engine(workers[one].pid)
+            for number in (0, 1) if victim == "everything" else (one,):
+                if victim in ("worker", "everything"):
+                    workers[number].kill()
+                    workers[number].wait(PATIENCE_S)
+                if victim in ("server", "everything"):
+                    servers[number].kill()
+                    servers[number].wait(PATIENCE_S)
+            for number in (0, 1):
+                if servers[number].poll() is not None:
+                    self.site.start_server()
+                    servers[number] = self.site.last_process
+                if workers[number].poll() is not None:
+                    workers[number] = self.site.start_worker()
+        self._wait_a_while(batch_ids[-1])
+        for process in workers:
+            assert process.poll() is None, "a worker ended"
+            kill_tree(process.pid)
+
+    def _stall(self, worker: Any) -> None:
+        """Its lease runs out; when it moves again, its batch may be another's."""
+        self.report.hit.append("killed: worker (SIGSTOP)")
+        os.kill(worker.pid, signal.SIGSTOP)
+        try:
+            time.sleep(SETTINGS["lease_s"] + self.chance.uniform(0.0, 1.5))
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
 
     def _crash_point(self) -> None:
         name = self.what or self.chance.choice(CRASH_POINTS)
