@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -146,6 +148,38 @@ def test_a_link_needs_no_credentials(s3_environment: S3Server) -> None:
     answer = httpx.get(url, headers={"range": "bytes=2-4"}, timeout=60)
     assert answer.content == b"234"
     assert "a-secret-of-a-test" not in url
+
+
+def test_links_of_stores_that_are_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are signed without asking anybody, with what the environment says."""
+    pytest.importorskip("obstore")
+    pytest.importorskip("cryptography")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    account = {
+        "type": "service_account",
+        "client_email": "batches@example.org",
+        "private_key_id": "1",
+        "private_key": key.decode(),
+    }
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "batches")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", base64.b64encode(b"a" * 32).decode())
+    for url, place, signature in [
+        ("gs://bucket/prefix", "storage.googleapis.com/bucket/prefix", "X-Goog-Signature="),
+        ("az://container/prefix", "batches.blob.core.windows.net/container/prefix", "sig="),
+    ]:
+        link = Objects(url).link("output/a", 60)
+        assert link is not None
+        assert link.startswith(f"https://{place}/output/a?")
+        assert signature in link
 
 
 def test_a_folder_has_no_links(tmp_path: Path) -> None:
