@@ -442,6 +442,19 @@ def test_gpus_are_asked_for_in_the_overlay_for_gpus() -> None:
     assert gpus(KUBERNETES / "overlays" / "ray") == ["1"]
 
 
+def test_nodes_of_the_ray_cluster_listen_where_their_probes_ask() -> None:
+    """The dashboard's agent opens no port: what it needs for that is not in the lock."""
+    [cluster] = [one for one in built(KUBERNETES / "overlays" / "ray") if is_ray(one)]
+    for pod in pods([cluster]):
+        said = pod["spec"]["rayStartParams"]
+        is_head = "groupName" not in pod["spec"]
+        listens = "6379" if is_head else said["node-manager-port"]
+        assert not 10_000 <= int(listens) < 20_000  # of a node's workers, unless told otherwise
+        [one] = pod["spec"]["template"]["spec"]["containers"]
+        for probe in ("livenessProbe", "readinessProbe"):
+            assert str(one[probe]["tcpSocket"]["port"]) == listens
+
+
 def test_a_worker_is_a_node_of_the_ray_cluster() -> None:
     manifests = built(KUBERNETES / "overlays" / "ray")
     [cluster] = [one for one in manifests if is_ray(one)]
