@@ -47,7 +47,8 @@ class RayCluster(BaseModel):
     num_gpus: float | None = Field(None, ge=0)
     num_cpus: float = Field(1.0, ge=0)
     resources: dict[str, float] = Field(default_factory=dict)
-    #: How long a batch waits for the first replicas to find a node, before it pauses.
+    #: How long a batch waits for a replica to find a node, before it pauses; and then for the
+    #: others of the fewest, before it begins without them.
     room_timeout_s: float = Field(600.0, gt=0)
     #: From a replica's place on a node to its loaded model.
     start_timeout_s: float = Field(1800.0, gt=0)
@@ -97,6 +98,17 @@ class RayCluster(BaseModel):
         if self.min_replicas > self.max_replicas:
             raise ValueError("min_replicas is larger than max_replicas")
         return self
+
+    @property
+    def longest_start_s(self) -> float:
+        """Of a replica that has its place: the model's files may have to come from the hub, which
+        has as long as the loading."""
+        return 2 * self.start_timeout_s
+
+    @property
+    def longest_load_s(self) -> float:
+        """Until the first replicas are there, if all goes as slowly as it may."""
+        return 2 * (self.room_timeout_s + self.longest_start_s)
 
     def gpus(self, engine_args: Mapping[str, Any]) -> float:
         """That each replica takes of its node."""

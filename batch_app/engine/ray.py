@@ -127,18 +127,31 @@ class RayEngine(Engine):
         )
 
     def _wait_for_replicas(self) -> EngineInfo:
-        """Until there are `min_replicas`. Returns what one of them says of itself."""
+        """Until there are `min_replicas`, or as many of them as the cluster has had room for in
+        `room_timeout_s`. Returns what one of them says of itself."""
+        up_since: float | None = None
         while True:
             up = [member for member in self._members.values() if member.state == "up"]
-            if len(up) >= self._cluster.min_replicas and up[0].info is not None:
-                return up[0].info
+            now = time.monotonic()
+            if up and up[0].info is not None:
+                up_since = now if up_since is None else up_since
+                if len(up) >= self._cluster.min_replicas:
+                    return up[0].info
+                waited = now - up_since > self._cluster.room_timeout_s
+                if waited and not any(one.state == "loading" for one in self._members.values()):
+                    logger.warning(
+                        "The cluster has room for %d of at least %d replicas; going on with those.",
+                        len(up),
+                        self._cluster.min_replicas,
+                    )
+                    return up[0].info
             failure = self._last_failure
             if failure is not None and (not up or self._failed_starts >= MAX_FAILED_STARTS):
                 raise failure
-            now = time.monotonic()
             self._look_for_room(now)
             if now >= self._next_start_at:
                 self._start_replicas(self._cluster.min_replicas)
+            self._give_up_loading(now)
             self._wait(_WAIT_S)
 
     # -- running -------------------------------------------------------------------------------
@@ -204,6 +217,7 @@ class RayEngine(Engine):
     def _tend(self, now: float) -> None:
         """Start and end replicas, and give work to those that can take some."""
         self._look_for_room(now)
+        self._give_up_loading(now)
         wanted = self._num_wanted()
         if len(self._members) < wanted and now >= self._next_start_at:
             self._start_replicas(wanted)
@@ -212,10 +226,6 @@ class RayEngine(Engine):
                 self._give_work(member)
             elif member.state == "up" and now - member.since > self._cluster.hang_s + _GRACE_S:
                 self._lose(member, "doesn't answer", by_engine=False)
-            elif member.state == "loading" and now - member.since > self._longest_load_s:
-                self._start_failed(
-                    member, EngineLoadError("A replica did not load.", retriable=True)
-                )
         surplus = len(self._members) - wanted
         for member in list(self._members.values()):
             if surplus > 0 and self._is_idle(member, now):
@@ -228,10 +238,12 @@ class RayEngine(Engine):
         enough = -(-self._num_requests // each)
         return min(max(enough, self._cluster.min_replicas), self._cluster.max_replicas)
 
-    @property
-    def _longest_load_s(self) -> float:
-        # The model's files may have to come from the hub, which has as long.
-        return 2 * self._cluster.start_timeout_s + _GRACE_S
+    def _give_up_loading(self, now: float) -> None:
+        for member in list(self._members.values()):
+            longest_s = self._cluster.longest_start_s + _GRACE_S
+            if member.state == "loading" and now - member.since > longest_s:
+                failure = EngineLoadError("A replica did not load.", retriable=True)
+                self._start_failed(member, failure)
 
     def _is_idle(self, member: Member, now: float) -> bool:
         if member.state == "placing":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from batch_app.cluster import RayCluster
 from batch_app.config import Settings
 from batch_app.core import EngineLimits
 from batch_app.engine.base import EngineInfo, EngineStats, ModelSpec
@@ -148,7 +149,7 @@ class EngineSlot:
         return EngineHost(
             spec,
             log_path=self._log_path,
-            start_timeout_s=self._settings.engine_start_timeout_s,
+            start_timeout_s=longest_start_s(spec, self._settings),
             hang_s=self._settings.engine_hang_s,
             isolated=network_for(spec, self._settings) == "isolated",
             interrupted=self._interrupted,
@@ -167,6 +168,14 @@ class EngineSlot:
         ready, self._ready = self._ready, None
         if ready is not None:
             ready.close()
+
+
+def longest_start_s(spec: ModelSpec, settings: Settings) -> float:
+    """A cluster has limits of its own, for each replica: this is to be none of them."""
+    own = settings.engine_start_timeout_s
+    if spec.engine != "ray":
+        return own
+    return max(own, RayCluster.of(spec.engine_args).longest_load_s)
 
 
 def network_for(spec: ModelSpec, settings: Settings) -> Network:

@@ -179,6 +179,19 @@ def test_a_cluster_without_room_makes_the_batch_wait(nodes: RayNodes, tmp_path: 
         pass
 
 
+def test_a_cluster_with_room_for_some_does_with_those_beside_another_model(
+    nodes: RayNodes, two_replicas: EngineHost, tmp_path: Path
+) -> None:
+    before = nodes.replicas()
+    two_replicas.submit([wordy(number) for number in range(64)])
+    ray = {"resources": {"spot": 1}, "min_replicas": 2, "max_replicas": 2, "room_timeout_s": 1}
+    with loaded(nodes, tmp_path, ray) as engine:
+        assert len(nodes.replicas() - before) == 1
+        assert [one.status_code for one in run(engine, chat(1), chat(2))] == [200, 200]
+    outcomes = collect_all(two_replicas, range(64)).values()
+    assert {one.status_code for one in outcomes} == {200}
+
+
 def test_a_cluster_that_is_not_there_makes_the_batch_wait(nodes: RayNodes) -> None:
     with pytest.raises(EngineUnavailable, match=r"127\.0\.0\.1:1, can't be reached"):
         RayEngine(spec(nodes, {"address": "127.0.0.1:1"})).load()

@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from batch_app.cluster import RayCluster, auth_token, replica_args
+from batch_app.config import Settings
 from batch_app.doctor.finding import State
 from batch_app.doctor.models import check_model
+from batch_app.engine.base import ModelSpec
 from batch_app.engine.isolation import needs_network
+from batch_app.engine.slot import longest_start_s
 from batch_app.errors import ConfigError
 from batch_app.machine import Machine
 from batch_app.provenance import run_facts
@@ -38,6 +42,14 @@ def test_what_can_t_be_is_refused_in_words(table: Any, words: str, tmp_path: Pat
         RayCluster.of({"ray": table})
     with pytest.raises(ValueError, match=words):
         ModelEntry(name="m", source="m", engine="ray", engine_args={"ray": table})
+
+
+def test_loading_on_a_cluster_has_the_clusters_own_time() -> None:
+    settings = Settings(engine_start_timeout_s=1800)
+    args = {"ray": {"room_timeout_s": 3600, "start_timeout_s": 1800}}
+    spread = ModelSpec(name="m", engine="ray", source="m", engine_args=args)
+    assert longest_start_s(spread, settings) >= 3600 + 2 * 1800
+    assert longest_start_s(msgspec.structs.replace(spread, engine="vllm"), settings) == 1800
 
 
 @pytest.mark.parametrize("address", ["auto", "10.0.0.5:6379", "head.cluster.local:6379", "[::1]:5"])
