@@ -311,6 +311,13 @@ class Settings(BaseSettings):
         description="Seconds between commits of results to disk: what a crash may cost, and how "
         "often progress moves.",
     )
+    progress_interval_s: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds, at least, between two tellings of a batch's progress to the "
+        "database; 0: as often as results are committed. Where hundreds of workers share one "
+        "database, a few seconds spare it most of its work; at `heartbeat_s` it is told anyway.",
+    )
     progress_log_s: float = Field(
         5.0, gt=0, description="Seconds between progress lines in a batch's log."
     )

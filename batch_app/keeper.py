@@ -66,6 +66,7 @@ class Keeper:
         self._lock = threading.Condition()
         self._backlog: list[Delivery] = []
         self._busy = False
+        self._num_flushing = 0
         self._stopping = False
         self._error: Exception | None = None
         self._told = log.progress
@@ -106,9 +107,11 @@ class Keeper:
         Raises as `check`.
         """
         with self._lock:
+            self._num_flushing += 1
             while self._is_behind() and self._error is None:
                 self._lock.notify_all()
                 self._lock.wait(self._settings.commit_interval_s)
+            self._num_flushing -= 1
         self.check()
         return self._log.progress
 
@@ -156,12 +159,15 @@ class Keeper:
                     self._lock.notify_all()
 
     def _tell_all(self) -> None:
-        next_beat = 0.0
+        next_beat = next_tell = 0.0
         while True:
             with self._lock:
-                while self._told == self._log.progress or self._store_is_away:
-                    wait_s = next_beat - time.monotonic()
-                    if wait_s <= 0 or self._all_committed or self._error is not None:
+                while not self._all_committed and self._error is None:
+                    due = next_beat
+                    if self._told != self._log.progress and not self._store_is_away:
+                        due = 0.0 if self._num_flushing else min(next_beat, next_tell)
+                    wait_s = due - time.monotonic()
+                    if wait_s <= 0:
                         break
                     self._lock.wait(wait_s)
                 if self._error is not None:
@@ -179,6 +185,7 @@ class Keeper:
             if last:
                 return
             next_beat = time.monotonic() + self._settings.heartbeat_s
+            next_tell = time.monotonic() + self._settings.progress_interval_s
 
     def _commit(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
