@@ -29,6 +29,7 @@ from batch_app.errors import Conflict, LeaseLost, NotFound, ObjectsUnavailable
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED
+from batch_app.lease import HeldLease
 from batch_app.object_sweep import remove_orphan_objects
 from batch_app.orphans import remove_orphans
 from batch_app.registry import ModelRegistry
@@ -38,8 +39,8 @@ from batch_app.store import Store
 
 logger = logging.getLogger(__name__)
 
-#: To write the files of a batch; with more time than this, another server would do it as well.
-LEASE_S = 300.0
+#: To write the files of a batch; renewed for as long as that takes.
+LEASE_S, RENEW_EVERY_S = 300.0, 60.0
 #: How long a client may repeat a request under its Idempotency-Key.
 KEYS_KEPT = timedelta(days=2)
 SWEEP_EVERY = timedelta(minutes=10)
@@ -77,14 +78,15 @@ class Housekeeping:
         if batch.status is BatchStatus.CANCELLING:
             to, unfinished = BatchStatus.CANCELLED, CANCELLED
         try:
-            closed = close_with_results_so_far(
-                batch,
-                unfinished,
-                data=self.data,
-                settings=self.settings,
-                registry=self.registry,
-                now=self.clock(),
-            )
+            with HeldLease(self.store, batch, lease_s=LEASE_S, every_s=RENEW_EVERY_S):
+                closed = close_with_results_so_far(
+                    batch,
+                    unfinished,
+                    data=self.data,
+                    settings=self.settings,
+                    registry=self.registry,
+                    now=self.clock(),
+                )
         except ObjectsUnavailable as error:
             with suppress(LeaseLost):
                 self.store.release(batch, error.message)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from itertools import pairwise
@@ -47,6 +47,7 @@ from batch_app.index import Index
 from batch_app.inputs import InputFile
 from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
+from batch_app.lease import HeldLease
 from batch_app.lives import Deliver, Lives
 from batch_app.measuring import Tally, benchmark_of, reading_of
 from batch_app.outlook import Left, Outlook
@@ -103,9 +104,14 @@ class Runner:
         batch_log = BatchLog(self._data.log_file(batch.id))
         crash_point("claimed")
         batch_log.write(f"Claimed by worker {batch.lease_owner} (claim {batch.epoch}).")
-        copied = self._fetch(batch, batch_log)
-        index = self._load_index(batch, batch_log)
-        log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
+        settings = self._settings
+        with HeldLease(
+            self._store, batch, lease_s=settings.lease_s, every_s=settings.heartbeat_s
+        ) as lease:
+            copied = self._fetch(batch, lease)
+            index = self._load_index(batch, batch_log)
+            lease.check()
+            log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
         try:
             if log.progress.done:
                 batch_log.write(
@@ -134,22 +140,14 @@ class Runner:
         """How long a batch that waits may be expected to run, loading included."""
         return self.outlook.usual_run_s(waiting.model, waiting.num_requests)
 
-    def _fetch(self, batch: Batch, batch_log: BatchLog) -> dict[str, int]:
+    def _fetch(self, batch: Batch, lease: HeldLease) -> dict[str, int]:
         """Bring here what the object storage has of the batch. Returns what it has of the log."""
         if self._data.objects is None:
             return {}
-        next_beat = time.monotonic() + self._settings.heartbeat_s
-
-        def keep() -> None:
-            nonlocal next_beat
-            if time.monotonic() >= next_beat:
-                next_beat = time.monotonic() + self._settings.heartbeat_s
-                with suppress(StoreUnavailable):
-                    self._store.renew(batch, lease_s=self._settings.lease_s)
-
-        fetch_input(self._data, batch.input_file_id, keep)
-        fetch_index(self._data, batch.id, keep)
-        copied = fetch_results_log(self._data, batch.id, self._data.work_dir(batch.id), keep)
+        fetch_input(self._data, batch.input_file_id, lease.check)
+        fetch_index(self._data, batch.id, lease.check)
+        folder = self._data.work_dir(batch.id)
+        copied = fetch_results_log(self._data, batch.id, folder, lease.check)
         share_log(self._data, batch.id)
         return copied
 

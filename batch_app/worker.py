@@ -50,6 +50,7 @@ from batch_app.errors import (
 )
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
+from batch_app.lease import HeldLease
 from batch_app.objects import open_objects
 from batch_app.orphans import remove_orphans
 from batch_app.queue import choose
@@ -71,7 +72,7 @@ NICENESS = 5
 LONGEST_PAUSE_S = 60.0
 TIDY_EVERY_S, TIDY_STOP_S = 600.0, 5.0
 #: To write the files of a batch that met a defect; its keeper, which renews the lease, has ended.
-CLOSING_LEASE_S = 300.0
+CLOSING_LEASE_S, CLOSING_BEAT_S = 300.0, 60.0
 
 
 class Worker:
@@ -272,7 +273,8 @@ class Worker:
             status = self._store.renew(batch, lease_s=CLOSING_LEASE_S)
             if status is BatchStatus.CANCELLING:
                 to, unfinished = BatchStatus.CANCELLED, CANCELLED
-            closed = self._close(self._store.get_batch(batch.id), unfinished)
+            with HeldLease(self._store, batch, lease_s=CLOSING_LEASE_S, every_s=CLOSING_BEAT_S):
+                closed = self._close(self._store.get_batch(batch.id), unfinished)
             self._store.transition(
                 batch,
                 to,
