@@ -91,7 +91,7 @@ def pace_of(batch: Batch, samples: Sequence[Sample]) -> Pace:
     times = [(at - batch.started_at).total_seconds() for at, _ in marks]
     tokens = [one for _, one in marks]
     whole_s = times[-1]
-    if len(marks) < 3 or whole_s <= 0:
+    if len(marks) < 3 or whole_s <= 0 or not any(tokens):
         return Pace(())
     num = min(MAX_POINTS, len(marks) - 1)
     points, before, at = [], 0.0, 0
@@ -145,6 +145,8 @@ def accuracy_text(runs: Sequence[Run]) -> str:
     if not runs:
         return "No run to compare with a prediction yet."
     errors = sorted(abs(run.error) for run in runs)
+    if len(runs) == 1:
+        return f"One run so far: its prediction was off by {100 * errors[0]:.0f}%."
     middle = errors[len(errors) // 2]
     return (
         f"Predicted against actual time of {plural(len(runs), 'run')}: half of them were within "

@@ -60,7 +60,8 @@ class Device:
         self._nvml = _nvml()
         self._read: Reading | None = None
         self._read_at = 0.0
-        psutil.cpu_percent()  # the first call only sets the beginning
+        self._cpu = psutil.cpu_times()
+        self._busy = 0.0
 
     def read(self) -> Reading:
         with self._lock:
@@ -73,13 +74,13 @@ class Device:
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         disk = shutil.disk_usage(self._data_dir)
-        busy = psutil.cpu_percent()
+        busy = self._busy_share()
         gauges = [
             Gauge(
                 "cpu",
                 f"CPU, {psutil.cpu_count() or 1} cores",
-                f"{busy:.0f}%",
-                busy / 100,
+                f"{100 * busy:.0f}%",
+                busy,
             ),
             Gauge(
                 "memory",
@@ -100,6 +101,22 @@ class Device:
         if temperature is not None:
             gauges.append(Gauge("temperature", "CPU temperature", f"{temperature:.0f} °C"))
         return Part("This machine", tuple(gauges))
+
+    def _busy_share(self) -> float:
+        """Of the processors' time since the reading before. Not `psutil.cpu_percent`: that has a
+        beginning of its own in each thread, and says 0 at the first call of each."""
+        before, self._cpu = self._cpu, psutil.cpu_times()
+        # Guests' time is in their host's already.
+        passed = {
+            name: getattr(self._cpu, name) - getattr(before, name)
+            for name in self._cpu._fields
+            if not name.startswith("guest")
+        }
+        whole = sum(passed.values())
+        if whole > 0:
+            idle = passed["idle"] + passed.get("iowait", 0.0)
+            self._busy = min(max(1 - idle / whole, 0.0), 1.0)
+        return self._busy
 
     def _gpus(self) -> Sequence[Part]:
         nvml = self._nvml

@@ -79,6 +79,7 @@ def batch_page(request: Request, batch_id: str) -> Response:
         log_lines=LOG_LINES,
         is_finished=batch.is_terminal,
         provenance=_facts(batch.provenance),
+        is_cut_short=batch.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED),
         is_paused=batch.status is not BatchStatus.QUEUED and seen.view.note.startswith("Paused"),
     )
 
@@ -187,6 +188,7 @@ def machine(request: Request) -> Response:
             "model": worker.model,
             "batch_id": _visible_batch(own, worker.batch_id, asks),
             "is_alive": worker in crew.alive,
+            "engine": worker.engine if worker in crew.alive and worker.model else None,
             "started_at": worker.started_at,
             "heard_s": max((now - worker.heartbeat_at).total_seconds(), 0.0),
         }

@@ -80,7 +80,8 @@ class Line:
 @dataclass(frozen=True, slots=True)
 class BatchView:
     """A batch in words. `state` is for style sheets and tests, `since` and `done_at` are ISO 8601
-    or empty. `percent` is None while there is nothing to count."""
+    or empty. `percent` is None while there is nothing to count. `is_bad`: it has run, and nothing
+    but failures came of it."""
 
     id: str
     name: str
@@ -103,6 +104,7 @@ class BatchView:
     cached: str
     cost: str
     is_over: bool
+    is_bad: bool
     can_cancel: bool
     can_retry: bool
     can_download: bool
@@ -136,6 +138,17 @@ def _since_it_moved(samples: Sequence[Sample]) -> Sample:
     return samples[0]
 
 
+def _engine_speed(batch: Batch, crew: Crew) -> float | None:
+    """Tokens a second that its engine computes: what there is before the first results."""
+    if batch.status is not BatchStatus.RUNNING:
+        return None
+    for worker in crew.alive:
+        if worker.batch_id == batch.id and worker.model == batch.model and worker.engine:
+            pace = ("prompt_tokens_per_s", "generation_tokens_per_s")
+            return sum(worker.engine.get(name, 0.0) for name in pace)
+    return None
+
+
 def batch_view(
     batch: Batch,
     estimate: Estimate | None,
@@ -150,6 +163,9 @@ def batch_view(
     speed = speed_now(batch, samples, now)
     if batch.is_terminal:
         speed = batch.throughput_tokens_per_s
+    elif not speed:
+        speed = _engine_speed(batch, crew)
+    is_bad = batch.status is BatchStatus.COMPLETED and progress.failed == batch.total > 0
     eta, done_at = _eta(batch, estimate, now)
     tokens = progress.tokens
     began = batch.started_at
@@ -160,7 +176,7 @@ def batch_view(
         model=batch.model or "several models",
         state=batch.status.value,
         group=STATUS_NAMES[batch.status],
-        label=LABELS[batch.status],
+        label="All failed" if is_bad else LABELS[batch.status],
         percent=percent(progress.done, batch.total) if batch.total else None,
         percent_text=f"{percent(progress.done, batch.total):g}%" if batch.total else "",
         counts=(
@@ -188,6 +204,7 @@ def batch_view(
         if progress.deduplicated
         else "",
         is_over=batch.is_terminal,
+        is_bad=is_bad,
         can_cancel=not batch.is_terminal and batch.status is not BatchStatus.CANCELLING,
         can_retry=batch.is_terminal and batch.error_file_id is not None,
         can_download=results_url(batch) is not None,

@@ -86,7 +86,7 @@ def not_estimating(tab: Tab) -> bool:
 def test_a_file_with_bad_lines_is_shown_them_and_not_queued(tab: Tab, working: Running) -> None:
     before = httpx.get(f"{working.url}/v1/batches", timeout=120).json()["first_id"]
     page = tab.go("/submit")
-    bad = jsonl(1) + b'{"custom_id": "<b>x</b>"}\n' + b"no json\n"
+    bad = jsonl(1) + b'{"custom_id": "<b>x</b>"}\n' + 3 * b"no json\n"
     page.select_option("#model", "sim")
     page.set_input_files(
         "#file", {"name": "bad.jsonl", "mimeType": "application/jsonl", "buffer": bad}
@@ -95,12 +95,26 @@ def test_a_file_with_bad_lines_is_shown_them_and_not_queued(tab: Tab, working: R
     if page.is_enabled("#queue"):
         page.click("#queue")
     page.wait_for_selector("#bad-lines")
-    assert page.inner_text("#bad-lines") == "2 lines can't run"
+    assert page.inner_text("#bad-lines") == "4 lines can't run"
     cells = page.locator("#outcome tbody tr td:first-child").all_inner_texts()
-    assert cells == ["2", "3"]
+    assert cells == ["2", "3–5"], "neighbours with the same error are one row"
     assert httpx.get(f"{working.url}/v1/batches", timeout=120).json()["first_id"] == before
     assert not_estimating(tab)
     tab.complaints.clear()
+
+
+def test_tables_and_packed_files_are_shown_their_command(tab: Tab) -> None:
+    page = tab.go("/submit")
+    page.select_option("#model", "sim")
+    for name, command in {
+        "my data's.csv": "vllm-batch submit 'my data'\\''s.csv' --model sim --template ",
+        "in.jsonl.gz": "vllm-batch submit in.jsonl.gz --model sim",
+    }.items():
+        page.set_input_files("#file", {"name": name, "mimeType": "text/plain", "buffer": b"x"})
+        assert page.inner_text("#outcome pre").startswith(command)
+        assert page.is_disabled("#queue")
+    page.set_input_files("#file", {"name": "in.jsonl", "mimeType": "", "buffer": jsonl(1)})
+    page.wait_for_selector("#queue:enabled")
 
 
 def test_the_estimate_stands_before_the_queue(tab: Tab) -> None:
@@ -142,7 +156,8 @@ def test_cancel_by_keyboard(tab: Tab, working: Running) -> None:
     assert page.evaluate("document.activeElement.id") == "cancel"
     page.keyboard.press("Enter")
     page.wait_for_selector("article[data-state=cancelled]")
-    page.wait_for_selector("#retry")  # what was cancelled can be run once more
+    page.wait_for_selector("#retry")
+    assert page.inner_text("#retry") == "Run the rest", "what was cancelled can be run once more"
     assert not page.is_visible("#confirm-cancel")
 
 
@@ -415,6 +430,11 @@ def test_a_phone_shows_all_of_it(chromium: Any, working: Running, shown: str) ->
     for path in PAGES:
         page = tab.go(path.format(shown))
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], path
+    page = tab.go(f"/batches/{shown}")
+    assert page.evaluate(
+        "() => { const box = document.querySelector('.scroll'); "
+        "return box.scrollWidth <= box.clientWidth }"
+    ), "what failed is read without scrolling sideways"
     tab.close()
     assert tab.complaints == []
 

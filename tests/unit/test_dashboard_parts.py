@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import namedtuple
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from batch_app.core import Batch, BatchStatus, Dialect, Progress, Sample, TokenCounts, Waiting
-from batch_app.dashboard import charts, failures, formats
+from batch_app.dashboard import charts, device, failures, formats
 from batch_app.dashboard.accounts import _end as end_of_key
 from batch_app.dashboard.charts import Look, Run, Theme, Width
 from batch_app.dashboard.rendering import safe_next
@@ -136,6 +138,31 @@ def test_the_present_speed_leaves_out_loading() -> None:
     assert speed_now(BATCH, long, NOW) == 100
     assert speed_now(replace(BATCH, status=BatchStatus.COMPLETED), long, NOW) is None
     assert speed_now(BATCH, loading[:1], NOW) is None
+
+
+def test_before_the_first_result_the_speed_is_the_engine_s() -> None:
+    engine = {"prompt_tokens_per_s": 40.0, "generation_tokens_per_s": 463.4, "num_running": 9.0}
+    options = {"name": "", "line": Line(), "samples": (), "now": NOW}
+    for one, speed in [
+        (worker(engine=engine), "503 tokens/s"),
+        (worker(engine=engine, batch_id="batch_2"), ""),
+        (worker(engine=engine, model="other"), ""),
+        (worker(), ""),
+    ]:
+        view = batch_view(BATCH, None, crew=Crew((one,)), **options)  # type: ignore[arg-type]
+        assert view.speed == speed
+    queued = replace(BATCH, status=BatchStatus.QUEUED)
+    view = batch_view(queued, None, crew=Crew((worker(engine=engine),)), **options)  # type: ignore[arg-type]
+    assert view.speed == ""
+
+
+def test_a_batch_of_failures_alone_does_not_look_well() -> None:
+    options = {"name": "", "line": Line(), "crew": Crew(), "samples": (), "now": NOW}
+    ended = replace(BATCH, status=BatchStatus.COMPLETED, progress=Progress(99, 1))
+    view = batch_view(ended, None, **options)  # type: ignore[arg-type]
+    assert (view.label, view.is_bad) == ("Completed", False)
+    view = batch_view(replace(ended, progress=Progress(0, 100)), None, **options)  # type: ignore[arg-type]
+    assert (view.label, view.is_bad) == ("All failed", True)
 
 
 # -- failures --------------------------------------------------------------------------------------
@@ -301,6 +328,28 @@ def test_charts_are_plain_svg(theme: Theme, width: Width) -> None:
         assert "{http://www.w3.org/2000/svg}svg" in tags
         assert not {tag for tag in tags if tag.endswith(("script", "image", "foreignObject"))}
     assert "within 10% of the prediction" in charts.accuracy_text(runs)
+    assert charts.accuracy_text(runs[:1]) == "One run so far: its prediction was off by 10%."
+
+
+def test_where_no_token_came_there_is_no_chart() -> None:
+    assert charts.pace_of(BATCH, [sample(n, n, 0) for n in range(1, 9)]).points == ()
+
+
+def test_the_processors_share_is_right_whichever_thread_asks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psutil's own figure begins anew, with 0, in each thread."""
+    times = namedtuple("times", "user idle iowait guest")
+    monkeypatch.setattr(device, "READ_EVERY_S", 0.0)
+    clock = iter([times(0, 0, 0, 0), times(6, 3, 1, 5), times(6, 3, 1, 5), times(7, 6, 1, 6)])
+    monkeypatch.setattr(device.psutil, "cpu_times", lambda: next(clock))
+    reads = device.Device(tmp_path)
+
+    def shown() -> str:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(reads.read).result().as_event()["cpu"]["text"]
+
+    assert [shown(), shown(), shown()] == ["60%", "60%", "25%"]
 
 
 def test_after_a_sign_in_nobody_is_sent_elsewhere() -> None:

@@ -16,7 +16,7 @@
   // -- choosing -----------------------------------------------------------------------------------
 
   file.addEventListener("change", chosen);
-  model.addEventListener("change", () => file.files.length && estimate());
+  model.addEventListener("change", chosen);
   check.addEventListener("click", estimate);
   form.addEventListener("submit", (event) => {
     event.preventDefault();
@@ -39,7 +39,24 @@
       problem(`This file has ${bytes(one.size)}; the server takes up to ${bytes(most)} (max_upload_bytes).`);
       return;
     }
+    if (/\.(csv|tsv|parquet|xlsx?)$/i.test(one.name)) {
+      queue.disabled = check.disabled = true;
+      problem("A table becomes requests in a terminal, where the prompt for each row is named:");
+      add(outcome, "pre", `vllm-batch submit ${quoted(one.name)} --model ${quoted(model.value)} --template "Summarise: {text}"`);
+      return;
+    }
+    if (/\.(gz|zst)$/i.test(one.name)) {
+      queue.disabled = check.disabled = true;
+      problem("Packed files are sent from a terminal, or unpacked before:");
+      add(outcome, "pre", `vllm-batch submit ${quoted(one.name)} --model ${quoted(model.value)}`);
+      return;
+    }
     estimate();
+  }
+
+  // For a shell, so that a name can be pasted whatever is in it.
+  function quoted(text) {
+    return /^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
   }
 
   // -- asking -------------------------------------------------------------------------------------
@@ -148,16 +165,32 @@
     box.setAttribute("role", "group");
     box.setAttribute("aria-labelledby", "bad-lines");
     const table = add(box, "table");
+    table.className = "stack";
     const head = add(add(table, "thead"), "tr");
     for (const title of ["Line", "What is wrong", "Field"]) add(head, "th", title).scope = "col";
     const rows = add(table, "tbody");
-    for (const error of errors) {
+    for (const error of grouped(errors)) {
       const row = add(rows, "tr");
-      add(row, "td", error.line ?? "–").className = "number";
+      const where = error.last > error.line ? `${error.line}–${error.last}` : (error.line ?? "–");
+      const line = add(row, "td", where);
+      line.className = "number";
+      line.dataset.label = error.last > error.line ? "Lines" : "Line";
       add(row, "td", error.message ?? error.code);
-      add(row, "td", error.param ?? "");
+      add(row, "td", error.param ?? "").dataset.label = "Field";
     }
     if (total > errors.length) add(outcome, "p", `The first ${errors.length} are shown.`).className = "sub";
+  }
+
+  // Neighbours with the same error become one row, from `line` to `last`.
+  function grouped(errors) {
+    const found = [];
+    for (const error of errors) {
+      const before = found.at(-1);
+      const isNext = before?.line && error.line === before.last + 1;
+      if (isNext && before.message === error.message && before.param === error.param) before.last = error.line;
+      else found.push({ ...error, last: error.line });
+    }
+    return found;
   }
 
   // The answer of POST /v1/estimate: what would become of the file, by model.
@@ -186,7 +219,13 @@
     figure(list, "Expected answer tokens", one.expected_output_tokens);
     if (one.queue_wait_s) figure(list, "Waits before it", duration(one.queue_wait_s));
     const done = Date.parse(one.estimated_completion ?? "");
-    if (!Number.isNaN(done)) figure(list, "Done at", new Date(done).toLocaleString());
+    if (!Number.isNaN(done)) {
+      const pair = add(list, "div");
+      add(pair, "dt", "Done at");
+      const time = add(add(pair, "dd"), "time");
+      time.dateTime = one.estimated_completion;
+      writeTime(time);
+    }
     figure(list, "Rests on", one.based_on_benchmark);
     warn(row.num_too_long, `longer than the model's context of ${row.max_model_len} tokens`, row.lines);
     warn(row.num_refused, "refused by the model's chat template", row.lines);
