@@ -7,16 +7,24 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.estimates.real_shapes import REAL_SHAPES
 from benchmarks.estimates.shapes import SHAPES
 from benchmarks.estimates.trial import LOOKS
 
 Trials = Sequence[Mapping[str, Any]]
-KINDS = {shape.name: shape.lengths for shape in SHAPES}
+KINDS = {name: shape.lengths for name, shape in REAL_SHAPES.items()} | {
+    shape.name: shape.lengths for shape in SHAPES
+}
 
 
 def error(trial: Mapping[str, Any]) -> float:
     """Before the run: of its time."""
     return abs(trial["expected_s"] / trial["actual_s"] - 1.0)
+
+
+def is_within(trial: Mapping[str, Any]) -> bool:
+    """Whether the time lay in the range that was told before the run."""
+    return bool(trial["low_s"] <= trial["actual_s"] <= trial["high_s"])
 
 
 def live_error(trial: Mapping[str, Any], live: Mapping[str, Any]) -> float:
@@ -32,9 +40,8 @@ def left_error(live: Mapping[str, Any]) -> float:
 def figures(trials: Trials) -> dict[str, Any]:
     """What the report's tables say; errors as shares, not percent."""
     found: dict[str, Any] = {"before": _spread(error(trial) for trial in trials)}
-    found["before"]["within"] = _share(
-        trial["low_s"] <= trial["actual_s"] <= trial["high_s"] for trial in trials
-    )
+    found["before"]["within"] = _share(is_within(trial) for trial in trials)
+    found["informed"] = _spread(abs(t["informed_s"] / t["actual_s"] - 1.0) for t in trials)
     found["scaled"] = _spread(abs(t["scaled_s"] / t["actual_s"] - 1.0) for t in trials)
     found["kinds"] = {
         kind: _spread(error(trial) for trial in trials if KINDS.get(trial["shape"]) == kind)
@@ -49,6 +56,12 @@ def figures(trials: Trials) -> dict[str, Any]:
         machine: _spread(error(trial) for trial in trials if trial["machine"] == machine)
         for machine in dict.fromkeys(trial["machine"] for trial in trials)
     }
+    found["seeds"] = {}
+    for seed in dict.fromkeys(trial["seed"] for trial in trials):
+        chosen = [trial for trial in trials if trial["seed"] == seed]
+        found["seeds"][str(seed)] = _spread(error(trial) for trial in chosen) | {
+            "within": _share(is_within(trial) for trial in chosen)
+        }
     found["live"] = {}
     for place, share in enumerate(LOOKS):
         seen = [(trial, trial["lives"][place]) for trial in trials if len(trial["lives"]) > place]

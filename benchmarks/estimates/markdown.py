@@ -71,6 +71,8 @@ def _of(name: str, report: Report) -> str:
         *(_row(NAMES[kind], spread) for kind, spread in found["kinds"].items()),
         *(_row(f"shape: {shape}", spread) for shape, spread in found["shapes"].items()),
         *(_row(f"machine: {one}", spread) for one, spread in found["machines"].items()),
+        *(_row(f"seed: {seed}", spread) for seed, spread in found["seeds"].items()),
+        _row("for comparison: had the answers' lengths been known", found["informed"]),
         _row("for comparison: the newest benchmark's requests a second", found["scaled"]),
         "",
         (

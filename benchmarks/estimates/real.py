@@ -1,6 +1,6 @@
 """The same trials with the real engine and the model that ships, on this machine.
 
-Needs vLLM and a machine that does nothing else; takes some five minutes on two cores.
+Needs vLLM and a machine that does nothing else; takes some six minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,54 +24,18 @@ from batch_app.forecast.live import LiveForecast
 from batch_app.forecast.measurement import Measurement, Reading
 from batch_app.forecast.recording import Recording
 from batch_app.forecast.workload import Workload
-from benchmarks.estimates.trial import LOOKS, NOW, Live, Trial
+from benchmarks.estimates.real_shapes import REAL_SHAPES, Asked
+from benchmarks.estimates.shapes import Traces
+from benchmarks.estimates.trial import LOOKS, NOW, Live, Trial, informed_s
 from benchmarks.peer.machine import this_machine
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 CHAT = str(Endpoint.CHAT_COMPLETIONS)
 #: A benchmark and a held-out job take about so long; never more requests than this.
-BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 18.0, 6000
+BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 14.0, 6000
+NUM_BENCHMARKS, ROUNDS = 5, 2
 _FIRST_REQUESTS = 40
 READ_EVERY_S = 0.25
-
-Make = Callable[[np.random.Generator, int], list[dict[str, Any]]]
-
-
-def _sums(random: np.random.Generator, num: int) -> list[dict[str, Any]]:
-    return [_body(f"What is {a} + {b}?", 16) for a, b in random.integers(10, 99, (num, 2)).tolist()]
-
-
-def _words(random: np.random.Generator, num: int) -> str:
-    return " ".join(str(value) for value in random.integers(10, 99, num).tolist())
-
-
-def _fixed(prompt_words: tuple[int, int], tokens: tuple[int, int]) -> Make:
-    """Prompts and answers of so many words and tokens; the answers take all of their limit."""
-
-    def make(random: np.random.Generator, num: int) -> list[dict[str, Any]]:
-        sizes = random.integers(prompt_words[0], prompt_words[1] + 1, num).tolist()
-        limits = np.sort(random.integers(tokens[0], tokens[1] + 1, num))[::-1].tolist()
-        return [
-            _body(_words(random, size), limit) | {"ignore_eos": True, "min_tokens": limit}
-            for size, limit in zip(sizes, limits, strict=True)
-        ]
-
-    return make
-
-
-def _body(text: str, limit: int) -> dict[str, Any]:
-    message = {"role": "user", "content": text}
-    return {"messages": [message], "max_tokens": limit, "temperature": 0}
-
-
-SHAPES: dict[str, Make] = {
-    "sums": _sums,
-    "short-64": _fixed((5, 30), (64, 64)),
-    "short-mixed": _fixed((5, 30), (8, 256)),
-    "medium-32": _fixed((100, 250), (16, 48)),
-    "long-8": _fixed((300, 500), (8, 8)),
-    "long-answers": _fixed((20, 60), (300, 500)),
-}
 
 
 @dataclass
@@ -83,8 +47,10 @@ class Ran:
     readings: list[tuple[Reading, list[int]]]
 
 
-def trials(log_path: Path, seed: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measure each shape, then forecast and run each from the measurements of the others."""
+def trials(
+    log_path: Path, traces: Traces, seed: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Measure each shape, then forecast and run each from measurements of five others."""
     spec = ModelSpec(
         name="demo",
         engine="vllm",
@@ -95,23 +61,26 @@ def trials(log_path: Path, seed: int, say: Callable[[str], None]) -> list[dict[s
     engine = EngineHost(spec, log_path=log_path)
     try:
         info = engine.load()
-        _run(engine, _sums(random, 200))  # to be warm
+        for shape in REAL_SHAPES.values():  # to be warm
+            _run(engine, shape.make(traces, random, _FIRST_REQUESTS))
         measurements: dict[str, Measurement] = {}
-        sizes: dict[str, int] = {}
-        for name, make in SHAPES.items():
-            bodies = make(random, _FIRST_REQUESTS)
-            ran = _run(engine, bodies)
-            num = _size(len(bodies) / ran.seconds * BENCH_S)
+        paces: dict[str, float] = {}
+        for name, shape in REAL_SHAPES.items():
+            jobs = shape.make(traces, random, _FIRST_REQUESTS)
+            ran = _run(engine, jobs)
             if ran.seconds < BENCH_S / 2:
-                bodies = make(random, num)
-                ran = _run(engine, bodies)
-            measurements[name] = _measurement(name, info, bodies, ran)
-            sizes[name] = _size(len(bodies) / ran.seconds * JOB_S * float(random.uniform(0.6, 1.4)))
-            say(f"measured {name}: {len(bodies):,} requests in {ran.seconds:.1f} s")
+                jobs = shape.make(traces, random, _size(len(jobs) / ran.seconds * BENCH_S))
+                ran = _run(engine, jobs)
+            measurements[name] = _measurement(name, info, jobs, ran)
+            paces[name] = len(jobs) / ran.seconds
+            say(f"measured {name}: {len(jobs):,} requests in {ran.seconds:.1f} s")
         found = []
-        for name, make in SHAPES.items():
-            others = [one for other, one in measurements.items() if other != name]
-            trial = _tried(engine, info, name, make(random, sizes[name]), others)
+        for name in [*REAL_SHAPES] * ROUNDS:
+            num = _size(paces[name] * JOB_S * float(random.uniform(0.6, 1.4)))
+            others = [other for other in REAL_SHAPES if other != name]
+            chosen = random.choice(others, NUM_BENCHMARKS, replace=False).tolist()
+            jobs = REAL_SHAPES[name].make(traces, random, num)
+            trial = _tried(engine, info, name, jobs, [measurements[other] for other in chosen])
             say(
                 f"{name}: expected {trial.expected_s:.1f} s "
                 f"({trial.low_s:.1f} to {trial.high_s:.1f}), took {trial.actual_s:.1f} s"
@@ -126,11 +95,11 @@ def _size(wanted: float) -> int:
     return int(np.clip(wanted, _FIRST_REQUESTS, MOST_REQUESTS))
 
 
-def _run(engine: EngineHost, bodies: list[dict[str, Any]]) -> Ran:
+def _run(engine: EngineHost, jobs: list[Asked]) -> Ran:
     """As the worker does it: a window of requests, refilled as they finish."""
     info = engine.info
     assert info is not None
-    upcoming = iter(enumerate(bodies))
+    upcoming = iter(enumerate(jobs))
     window = 4 * min(info.max_num_seqs, 128)
     in_flight = 0
     outcomes: dict[int, Outcome] = {}
@@ -138,10 +107,11 @@ def _run(engine: EngineHost, bodies: list[dict[str, Any]]) -> Ran:
     began_s = time.perf_counter()
     readings.append((_reading(engine.stats(), info, 0.0), []))
     next_s, fresh = READ_EVERY_S, list[int]()
-    while len(outcomes) < len(bodies):
+    while len(outcomes) < len(jobs):
         batch = []
         while in_flight < window and (one := next(upcoming, None)) is not None:
-            batch.append(EngineRequest(one[0], CHAT, orjson.dumps({"model": "demo"} | one[1])))
+            body = orjson.dumps({"model": "demo"} | one[1].body)
+            batch.append(EngineRequest(one[0], CHAT, body))
             in_flight += 1
         if batch:
             engine.submit(batch)
@@ -152,7 +122,7 @@ def _run(engine: EngineHost, bodies: list[dict[str, Any]]) -> Ran:
             fresh.append(outcome.number)
             in_flight -= 1
         now_s = time.perf_counter() - began_s
-        if now_s >= next_s or len(outcomes) == len(bodies):
+        if now_s >= next_s or len(outcomes) == len(jobs):
             readings.append((_reading(engine.stats(), info, now_s), fresh))
             next_s, fresh = now_s + READ_EVERY_S, []
     return Ran(time.perf_counter() - began_s, outcomes, readings)
@@ -170,14 +140,12 @@ def _reading(stats: EngineStats, info: EngineInfo, at_s: float) -> Reading:
     )
 
 
-def _measurement(
-    name: str, info: EngineInfo, bodies: list[dict[str, Any]], ran: Ran
-) -> Measurement:
+def _measurement(name: str, info: EngineInfo, jobs: list[Asked], ran: Ran) -> Measurement:
     recording = Recording(info.kv_cache_tokens)
     for number, outcome in ran.outcomes.items():
         recording.finish(
             CHAT,
-            bodies[number]["max_tokens"],
+            jobs[number].limit,
             prompt_tokens=outcome.prompt_tokens,
             output_tokens=outcome.completion_tokens,
             cached_tokens=outcome.cached_tokens,
@@ -192,10 +160,11 @@ def _measurement(
         engine_version=info.engine_version,
         device=info.device_type,
         device_name=info.device,
-        num_requests=len(bodies),
-        success_count=len(bodies),
+        num_requests=len(jobs),
+        success_count=len(jobs),
         load_s=info.load_s,
         inference_s=ran.seconds,
+        cached_prompt_tokens=sum(one.cached_tokens for one in outcomes),
         prompt_tokens=sum(one.prompt_tokens for one in outcomes),
         completion_tokens=sum(one.completion_tokens for one in outcomes),
         engine_args={
@@ -215,22 +184,24 @@ def _tried(
     engine: EngineHost,
     info: EngineInfo,
     name: str,
-    bodies: list[dict[str, Any]],
+    jobs: list[Asked],
     others: list[Measurement],
 ) -> Trial:
     """Run it, and say what was and would have been expected: nothing here looks ahead."""
-    ran = _run(engine, bodies)
-    num = len(bodies)
+    ran = _run(engine, jobs)
+    num = len(jobs)
     # Intake counts the prompts' tokens exactly; here the engine's own count stands for it.
     prompts = np.array([ran.outcomes[number].prompt_tokens for number in range(num)])
     outputs = np.array([ran.outcomes[number].completion_tokens for number in range(num)])
+    spared_share = sum(one.cacheable for one in jobs) / max(int(prompts.sum()), 1)
     workload, group_of = Workload.of_requests(
         endpoints=(CHAT,),
         endpoint_of=np.zeros(num, int),
-        max_tokens=np.array([body["max_tokens"] for body in bodies]),
+        max_tokens=np.array([one.limit for one in jobs]),
         generating=(True,),
         prompt_tokens=prompts,
-        fixed=np.array([bool(body.get("ignore_eos")) for body in bodies]),
+        spared_share=spared_share,
+        fixed=np.array([one.fixed for one in jobs]),
     )
     forecaster = Forecaster(others[0].setting, others)
     forecast = forecaster.forecast(workload)
@@ -267,6 +238,7 @@ def _tried(
         low_s=forecast.low_s,
         high_s=forecast.high_s,
         scaled_s=num * others[0].inference_s / others[0].num_requests,
+        informed_s=informed_s(forecaster, prompts, outputs, spared_share),
         actual_output=float(outputs.sum()),
         expected_output=forecast.expected_output_tokens,
         lives=tuple(lives),

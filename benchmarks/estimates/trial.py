@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from batch_app.benchmarks import BenchmarkRecord, record_from_run
 from batch_app.core import Endpoint
@@ -19,6 +20,7 @@ from batch_app.forecast.forecast import Forecaster
 from batch_app.forecast.live import LiveForecast
 from batch_app.forecast.measurement import Limits, Measurement, Reading
 from batch_app.forecast.recording import Recording
+from batch_app.forecast.schedule import schedule
 from batch_app.forecast.workload import Workload
 from benchmarks.estimates.hidden import Job, Machine, Run
 from benchmarks.estimates.shapes import Requests
@@ -59,6 +61,7 @@ class Trial:
     low_s: float
     high_s: float
     scaled_s: float  # by the requests a second of the newest benchmark
+    informed_s: float  # as `expected_s`, had the lengths of the answers been known
     actual_output: float
     expected_output: float
     lives: tuple[Live, ...]
@@ -87,16 +90,20 @@ def limits_of(machine: Machine) -> Limits:
 def workload_of(requests: Requests) -> tuple[Workload, Any]:
     """What intake knows of these requests."""
     num = len(requests.prompt)
-    held = float(requests.cacheable.sum() / max(requests.prompt.sum(), 1))
     return Workload.of_requests(
         endpoints=_ENDPOINTS,
         endpoint_of=np.full(num, 0 if requests.generates else 1),
         max_tokens=requests.limit,
         generating=(True, False),
         prompt_tokens=requests.prompt,
-        spared_share=held,
+        spared_share=_held(requests),
         fixed=np.full(num, requests.fixed),
     )
+
+
+def _held(requests: Requests) -> float:
+    """Of the prompts' tokens the share that the cache could hold."""
+    return float(requests.cacheable.sum() / max(requests.prompt.sum(), 1))
 
 
 def job_of(requests: Requests, random: np.random.Generator) -> Job:
@@ -193,6 +200,7 @@ def tried(
         low_s=forecast.low_s,
         high_s=forecast.high_s,
         scaled_s=num * benchmarks[0].inference_s / benchmarks[0].num_requests,
+        informed_s=informed_s(forecaster, requests.prompt, requests.output, _held(requests)),
         actual_output=float(requests.output.sum()),
         expected_output=forecast.expected_output_tokens,
         lives=tuple(
@@ -207,6 +215,18 @@ def tried(
             for share, then_s, left in looks
         ),
     )
+
+
+def informed_s(
+    forecaster: Forecaster,
+    prompts: npt.NDArray[Any],
+    outputs: npt.NDArray[Any],
+    spared_share: float,
+) -> float:
+    """What would be expected, did one know how long the answers get: the cost model's own error."""
+    prompts = prompts.astype(np.float64)
+    steps = schedule(prompts * (1.0 - spared_share), prompts, outputs, forecaster.capacity)
+    return forecaster.cost.time(steps).seconds
 
 
 def _reading(moment: Any) -> Reading:

@@ -60,11 +60,14 @@ def test_a_trial_from_other_shapes() -> None:
     assert len(trial.lives) == 5
     half = trial.lives[2]
     assert half.expected_s == pytest.approx(half.actual_s, rel=0.15)
-    found = figures([trial.as_dict()])
+    # Nothing about these lengths has to be guessed.
+    assert trial.informed_s == pytest.approx(trial.expected_s, rel=0.05)
+    found = figures([trial.as_dict() | {"seed": 2}])
     assert found["before"] == {
         "num": 1,
         "median": round(trial.error, 4),
         "p90": round(trial.error, 4),
         "within": float(trial.is_within),
     }
+    assert found["seeds"]["2"]["median"] == found["before"]["median"]
     assert found["live"]["0.5"]["left"]["median"] == pytest.approx(half.error, abs=1e-4)
