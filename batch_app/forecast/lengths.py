@@ -3,7 +3,8 @@
 An answer that ended at its limit, or hasn't ended yet, says only that its natural length is longer:
 a censored observation. The product-limit estimator takes it for just that.
 
-Source: Kaplan and Meier, "Nonparametric Estimation from Incomplete Observations", 1958.
+Source: Kaplan and Meier, "Nonparametric Estimation from Incomplete Observations", 1958; Wilson and
+Hilferty, "The Distribution of Chi-Square", 1931.
 """
 
 from __future__ import annotations
@@ -43,12 +44,23 @@ class Lifetimes:
     values: Numbers
     shares: Numbers
 
-    def spread(self, num: int, limit: float | None, after: Numbers | None = None) -> Numbers:
+    def spread(
+        self, num: int, limit: float | None, after: Numbers | None = None, chance: float = 0.0
+    ) -> Numbers:
         """`num` lengths in order of size, none above `limit`, evenly over the distribution.
 
         `after`, shape (num,): each is longer than this; then they are in the order of `after`.
+        `chance`: by so many standard deviations longer than usual, as chance has it: the longest of
+        few may have about any length, that in the middle of many hardly any other.
         """
         levels = (np.arange(num) + 0.5) / max(num, 1)
+        if chance:
+            # The shares of those at least as long are gamma distributed: its quantiles, by Wilson
+            # and Hilferty's cube. Beside the longest, they go only in part the same way.
+            above = np.arange(num, 0, -1.0)
+            alike = chance * (1.0 + above**-0.5) / 2
+            shares = above * (1.0 - 1.0 / (9.0 * above) - alike / (3.0 * above**0.5)) ** 3
+            levels = 1.0 - np.minimum(shares / num, 1.0)
         upto = np.cumsum(self.shares)
         if after is not None:
             # What is left of the distribution beyond; mixed so that sizes don't follow places.
@@ -56,7 +68,7 @@ class Lifetimes:
             before = np.interp(after, self.values, upto, left=0.0)
             levels = before + (1.0 - before) * levels
         lengths = np.interp(levels, upto - self.shares / 2, self.values)
-        if after is None and num >= _ENOUGH_FOR_MEAN:
+        if after is None and num >= _ENOUGH_FOR_MEAN and not chance:
             # A few points of a distribution must not change its mean.
             mean = float((lengths if limit is None else np.minimum(lengths, limit)).mean())
             lengths = lengths * min(max(self.mean(limit) / max(mean, 1e-9), 0.8), 1.25)

@@ -193,13 +193,27 @@ class LiveForecast:
             longer_s = cost.scheduled_s(self._ahead(lifetimes, exp(worst)))
             variance += log(max(longer_s, 1e-9) / left_s) ** 2
         variance += 0.3**2 / num_left
-        sigma = variance**0.5
         remaining_s = self._steadied(left_s * pace)
+        below, above = (
+            (variance + self._chance(lifetimes, left_s, side) ** 2) ** 0.5 for side in (-1.0, 1.0)
+        )
         return Remaining(
             remaining_s,
-            remaining_s * exp(-RANGE_SIGMAS * sigma),
-            remaining_s * exp(RANGE_SIGMAS * sigma),
+            remaining_s * exp(-RANGE_SIGMAS * below),
+            remaining_s * exp(RANGE_SIGMAS * above),
         )
+
+    def _chance(self, lifetimes: list[Lifetimes], left_s: float, side: float) -> float:
+        """What chance may do to one side, as a standard deviation of the logarithm.
+
+        Above all it decides how long the longest of the last answers is, and with that the end.
+        """
+        if left_s <= 0:
+            return 0.0
+        other_s = self._forecaster.cost.scheduled_s(
+            self._ahead(lifetimes, 1.0, side * RANGE_SIGMAS)
+        )
+        return log(max(other_s, 1e-9) / left_s) / RANGE_SIGMAS
 
     # -- pace ----------------------------------------------------------------------------------
 
@@ -321,8 +335,9 @@ class LiveForecast:
 
     # -- work ----------------------------------------------------------------------------------
 
-    def _ahead(self, lifetimes: list[Lifetimes], longer: float) -> Steps:
-        """The steps still to come. `longer`: with lengths so many times as long."""
+    def _ahead(self, lifetimes: list[Lifetimes], longer: float, chance: float = 0.0) -> Steps:
+        """The steps still to come. `longer`: with lengths so many times as long; `chance`: see
+        `Lifetimes.spread`."""
         begun = np.flatnonzero(self._state == _BEGUN)
         waiting = np.flatnonzero(self._state == _WAITING)
         had = np.zeros(len(begun))
@@ -334,12 +349,14 @@ class LiveForecast:
             mask = np.zeros(len(self._state), bool)
             mask[begun[here]] = True
             had[here] = self._so_far(mask)
-            wanted[here] = self._lengths(group, lifetimes[number], int(here.sum()), had[here])
+            wanted[here] = self._lengths(
+                group, lifetimes[number], int(here.sum()), had[here], chance
+            )
         rest = wanted - had
         wanted = had + np.maximum(rest * longer, 1.0)
 
         def steps(places: npt.NDArray[np.intp]) -> Steps:
-            outputs = self._expected(places, lifetimes) * longer
+            outputs = self._expected(places, lifetimes, chance) * longer
             whole = self._prompts[places].astype(np.float64)
             spared = self._spared_shares()[self._group_of[places]]
             begun_prompts = self._prompts[begun].astype(np.float64)
@@ -398,24 +415,31 @@ class LiveForecast:
         weight = self._num_done / (self._num_done + 50.0)
         return np.clip(expected * (1.0 + weight * (seen - 1.0)), 0.0, 1.0)
 
-    def _expected(self, places: npt.NDArray[np.intp], lifetimes: list[Lifetimes]) -> Numbers:
+    def _expected(
+        self, places: npt.NDArray[np.intp], lifetimes: list[Lifetimes], chance: float = 0.0
+    ) -> Numbers:
         """Lengths that stand for the answers to these, mixed."""
         outputs = np.zeros(len(places))
         for number, group in enumerate(self._groups):
             here = np.flatnonzero(self._group_of[places] == number)
             if len(here):
-                lengths = self._lengths(group, lifetimes[number], len(here))
+                lengths = self._lengths(group, lifetimes[number], len(here), None, chance)
                 outputs[here] = lengths[np.argsort(mixing(len(here)))]
         return outputs
 
     def _lengths(
-        self, group: RequestGroup, lifetimes: Lifetimes, num: int, after: Numbers | None = None
+        self,
+        group: RequestGroup,
+        lifetimes: Lifetimes,
+        num: int,
+        after: Numbers | None = None,
+        chance: float = 0.0,
     ) -> Numbers:
         if not group.generates:
             return np.zeros(num)
         if group.fixed_tokens and group.max_tokens:
             return np.full(num, group.max_tokens)
-        return lifetimes.spread(num, group.max_tokens, after)
+        return lifetimes.spread(num, group.max_tokens, after, chance)
 
     def _prompt_lengths(self, told: npt.NDArray[np.integer] | None) -> npt.NDArray[np.int32]:
         """Of each place, where it isn't told one that is usual in its group."""

@@ -11,8 +11,8 @@ import pytest
 from batch_app.benchmarks import BenchmarkRecord, record_from_run
 from batch_app.estimates import Forecasters
 from batch_app.forecast import cost, roofline
-from batch_app.forecast.forecast import Forecaster
-from batch_app.forecast.lengths import LengthModel, product_limit
+from batch_app.forecast.forecast import RANGE_SIGMAS, Forecaster
+from batch_app.forecast.lengths import LengthModel, Lifetimes, product_limit
 from batch_app.forecast.measurement import Limits, MeasuredGroup, Measurement, Reading, Setting
 from batch_app.forecast.recording import Recording
 from batch_app.forecast.roofline import Device, ModelSize
@@ -278,6 +278,19 @@ def test_lengths_by_prompt_and_their_spread() -> None:
     assert of_long.mean(400) > 250
     alike = LengthModel([(measured(name=f"{place}"), 1.0) for place in range(8)])
     assert alike.spread < model.spread
+
+
+@pytest.mark.parametrize("num", [1, 5, 60, 400])
+def test_four_of_five_times_chance_stays_within_its_range(num: int) -> None:
+    random = np.random.default_rng(num)
+    values = np.sort(random.exponential(100.0, 400))
+    lives = Lifetimes(values, np.full(400, 1 / 400))
+    low, high = (lives.spread(num, None, None, side * RANGE_SIGMAS) for side in (-1.0, 1.0))
+    drawn = random.choice(values, (1000, num))
+    for of in (np.max, np.sum):
+        seen = of(drawn, axis=1)
+        within = (of(low) <= seen) & (seen <= of(high))
+        assert 0.72 < within.mean() < 0.93
 
 
 # -- cost --------------------------------------------------------------------------------------

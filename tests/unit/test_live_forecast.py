@@ -86,6 +86,25 @@ def test_it_comes_near_the_end_and_stays_steady() -> None:
     assert np.abs(np.diff(ends)).max() < 0.02 * end_s
 
 
+def test_near_the_end_the_range_says_that_chance_decides() -> None:
+    """Of lengths that differ much, nobody knows the longest of the last few; of equal ones, all."""
+    random = np.random.default_rng(8)
+    widths = {}
+    for name, lengths in (
+        ("alike", [200] * 300),
+        ("different", np.clip(random.exponential(200, 300), 5, 1900).astype(int).tolist()),
+    ):
+        known = measured(output=200, limit=2000, seconds=30.0, prompt=10)
+        seen = followed(LiveForecast(Forecaster(HERE, [known]), workload_of(300)), lengths, 40)
+        widths[name] = {
+            done: left.high_s / left.low_s for _, done, left in seen if left and left.low_s
+        }
+    early = {name: widths[name][min(widths[name])] for name in widths}
+    late = {name: max(w for done, w in widths[name].items() if done >= 285) for name in widths}
+    assert late["different"] > 1.5 * early["different"]
+    assert late["different"] > 1.5 * late["alike"]
+
+
 def test_the_run_itself_is_enough() -> None:
     limits = Limits(max_num_seqs=NUM_SLOTS, kv_cache_tokens=100_000)
     knows_nothing = Forecaster(Setting("m"), [], limits=limits)
