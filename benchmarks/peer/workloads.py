@@ -303,6 +303,15 @@ WORKLOADS = {
             _long_tail_limits,
         ),
         Workload(
+            "long-tail-16",
+            "the same with 16 slots: what a step costs whatever is in it weighs more, as on a GPU",
+            64,
+            (OURS, ARRIVAL, RUN_BATCH_SAME),
+            (Target(STEADY, OURS, ARRIVAL, 1.05),),
+            long_tail,
+            _long_tail_limits,
+        ),
+        Workload(
             "duplicates",
             "as unique, every request twice",
             3000,
