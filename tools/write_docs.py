@@ -78,11 +78,11 @@ the processes happen to be at the moment.
 
 RELIABILITY_TAIL = """
 **What isn't covered.** A killed process is not a power loss: what the system had taken was still
-written. That fsync is called where it must be is tested, that the disk obeys it isn't. Two failures
-at a time, and disks that change bytes under way, are only in the tests of the results log
-(`tests/unit/test_results.py`), which cut it at every byte and flip every byte. Several machines are
-not part of the trials: what happens when one is lost with its disk is in
-`tests/integration/test_object_storage.py`.
+written. That fsync is called where it must be is tested (`tests/integration/test_durability.py`),
+that the disk obeys it isn't. Two failures at a time, and disks that change bytes under way, are
+only in the tests of the results log (`tests/unit/test_results_damage.py`), which cut it at every
+byte and flip every byte, also while it is open. Several machines are not part of the trials: what
+happens when one is lost with its disk is in `tests/integration/test_object_storage.py`.
 """
 
 

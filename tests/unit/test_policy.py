@@ -187,6 +187,12 @@ ATTACKS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (CHAT, function({"properties": {"a": {"pattern": "(a{500}){500}"}}}), "tools[0].function.para"),
     (CHAT, function({"properties": {"a": {"pattern": 5}}}), "tools[0].function.parameters.pattern"),
+    (
+        CHAT,
+        function({"anyOf": [{}, {"pattern": "(a{500}){500}"}]}),
+        "tools[0].function.parameters.",
+    ),
+    (CHAT, function({"allOf": [{"oneOf": [{"$ref": "file:///x"}]}]}), "tools[0].function.param"),
     (CHAT, function({"patternProperties": {"(a{500}){500}": {}}}), "tools[0].function.parameters"),
     (CHAT, function({"$ref": "http://10.0.0.1/schema"}), "tools[0].function.parameters.$ref"),
     (CHAT, function({"maxLength": 10**9}), "tools[0].function.parameters.maxLength"),

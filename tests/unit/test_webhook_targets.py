@@ -13,7 +13,7 @@ from batch_app.config import Settings
 from batch_app.errors import BadRequest
 from batch_app.webhook_targets import TargetRefused, WebhookTargets, is_public, requested_webhook
 
-PUBLIC = ["93.184.215.14", "8.8.8.8", "2606:4700::1111"]
+PUBLIC = ["93.184.215.14", "8.8.8.8", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 NOT_PUBLIC = [
     "127.0.0.1",
     "127.8.9.10",
