@@ -58,7 +58,7 @@ def back_up(data: DataDir, database_url: str, target: Path) -> BackupSummary:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with no_room_is_storage_full("writing the back-up"):
-            unfinished.mkdir(parents=True)
+            unfinished.mkdir(mode=0o700, parents=True)  # prompts, answers, secrets of webhooks
             if database is None:
                 copy_database(database_url, f"sqlite:///{(unfinished / DATABASE).absolute()}")
             else:

@@ -99,6 +99,7 @@ def test_the_manifest_lists_every_file(made: Path) -> None:
     listed = {entry["path"] for entry in manifest["files"]}
     assert listed | {MANIFEST} == {str(path.relative_to(made)) for path in files_of(made)}
     assert len(listed) >= 4  # the database, an input file, two of an index
+    assert made.stat().st_mode & 0o077 == 0, "it is for nobody else to read"
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest", "outside"])
