@@ -29,6 +29,7 @@ from batch_app.errors import (
 from batch_app.faults import crash_point
 from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, wake_workers
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
+from batch_app.lease import HeldLease
 from batch_app.registry import ModelRegistry
 from batch_app.shapes import BodyLimits
 from batch_app.shared_files import fetch_input, remove_work, share_index, share_log
@@ -143,7 +144,8 @@ class Validation:
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
-        share_index(self.data, batch.id)
+        with HeldLease(self.store, batch, lease_s=LEASE_S, every_s=LEASE_S / 4):
+            share_index(self.data, batch.id)
         crash_point("check-moved")
         return summary
 
