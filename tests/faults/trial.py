@@ -193,7 +193,7 @@ class Trial:
         urls.append(self.site.start_server())
         servers.append(self.site.last_process)
         workers = [self.site.start_worker(), self.site.start_worker()]
-        batch_ids = [self._upload(urls[number % 2]) for number in range(self.chance.randint(2, 3))]
+        batch_ids = [self._upload(urls[number % 2]) for number in range(self.chance.randint(1, 3))]
         for _ in range(self.chance.randint(2, 4)):
             if all(self.site.batch(batch_id).is_terminal for batch_id in batch_ids):
                 break
@@ -201,7 +201,7 @@ class Trial:
             victim = self.chance.choice(["worker", "stalled", "engine", "server", "everything"])
             one = self.chance.randrange(2)
             if victim == "stalled":
-                self._stall(workers[one])
+                self._stall({worker.pid for worker in workers})
                 continue
             self.report.hit.append(f"killed: {victim}")
             if victim == "engine":
@@ -224,14 +224,17 @@ class Trial:
             assert process.poll() is None, "a worker ended"
             kill_tree(process.pid)
 
-    def _stall(self, worker: Any) -> None:
-        """Its lease runs out; when it moves again, its batch may be another's."""
+    def _stall(self, workers: set[int]) -> None:
+        """One that has a batch stands still. Its lease runs out; when it moves again, its batch may
+        be the other one's."""
         self.report.hit.append("killed: worker (SIGSTOP)")
-        os.kill(worker.pid, signal.SIGSTOP)
+        busy = [row.pid for row in self.site.store.list_workers() if row.batch_id]
+        pid = min(workers.intersection(busy) or workers)
+        os.kill(pid, signal.SIGSTOP)
         try:
-            time.sleep(SETTINGS["lease_s"] + self.chance.uniform(0.0, 1.5))
+            time.sleep(SETTINGS["lease_s"] + self.chance.uniform(0.5, 2.5))
         finally:
-            os.kill(worker.pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
 
     def _crash_point(self) -> None:
         name = self.what or self.chance.choice(CRASH_POINTS)
