@@ -66,6 +66,35 @@ class _Sort:
     content: int  # of the endpoint; 0: the answer is not determined
 
 
+#: How files begin that aren't JSON lines, and what to do about each.
+_OTHER_FILES = (
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "The file is UTF-16. Save it as UTF-8."),
+    ((b"\x1f\x8b",), "The file is packed by gzip: unpack it. (`vllm-batch submit` does so.)"),
+    ((b"(\xb5/\xfd",), "The file is packed by zstd: unpack it. (`vllm-batch submit` does so.)"),
+    ((b"PK\x03\x04",), "The file is a ZIP archive or a spreadsheet, not JSON lines."),
+    ((b"PAR1",), "The file is a Parquet table. `vllm-batch submit` makes requests of its rows."),
+)
+
+
+def _what_else(first: bytes) -> str | None:
+    """What the file is that begins with this line, where it can't be one of JSON lines."""
+    for beginnings, why in _OTHER_FILES:
+        if first.startswith(beginnings):
+            return why
+    begun = first.removeprefix(codecs.BOM_UTF8).strip()
+    if begun == b"[" or begun.startswith(b"[{"):
+        return (
+            "The file is one JSON array. Each request stands in a line of its own: "
+            "`jq -c '.[]' FILE > requests.jsonl` makes it so."
+        )
+    if begun == b"{":
+        return (
+            "Here a request stands in several lines. Each one stands in a line of its own: "
+            "`jq -c . FILE > requests.jsonl` makes it so."
+        )
+    return None
+
+
 class LineCheck:
     """Takes the bytes of a file as they come, and hands on what it found in each piece of them.
 
@@ -174,11 +203,10 @@ class LineCheck:
             return
         self._offset = offset + len(raw) + 1
         if offset == 0:
-            if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            why = _what_else(raw)
+            if why is not None:
                 self._is_other_text = True
-                self._on_error(
-                    LineError("invalid_json_line", "The file is UTF-16. Save it as UTF-8.", line)
-                )
+                self._on_error(LineError("invalid_json_line", why, line))
                 return
             if raw.startswith(codecs.BOM_UTF8):
                 raw = raw[len(codecs.BOM_UTF8) :]

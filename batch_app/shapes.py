@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from batch_app.config import Settings
+from batch_app.slips import meant_by
 
 _KINDS = {
     dict: "an object",
@@ -182,7 +183,9 @@ def fields(
         check = allowed.get(key)
         if check is None:
             why = (refused or {}).get(key, "It isn't a field that batches may use here.")
-            raise problem(short(at), f'"{short(at)}" is refused. {why} Leave it out.')
+            meant = None if refused and key in refused else meant_by(key, allowed)
+            then = "Leave it out." if meant is None else f'Perhaps "{meant}" is meant.'
+            raise problem(short(at), f'"{short(at)}" is refused. {why} {then}')
         check(item, at, limits)
 
 

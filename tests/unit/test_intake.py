@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import gzip
 import json
 import tempfile
 from pathlib import Path
@@ -102,6 +103,27 @@ def test_a_utf_16_file_is_one_error(codec: str, cuts: list[int]) -> None:
     assert num_errors == 1
     assert isinstance(errors[0], LineError)
     assert (errors[0].code, errors[0].line) == ("invalid_json_line", 1)
+
+
+@pytest.mark.parametrize(
+    ("begins", "words"),
+    [
+        (b"[\n {}\n]", "JSON array"),
+        (b'\xef\xbb\xbf [{"custom_id": "a"}]', "JSON array"),
+        (b'{\r\n "custom_id": "a"\n}', "in several lines"),
+        (gzip.compress(b"{}"), "gzip"),
+        (b"(\xb5/\xfd\x00", "zstd"),
+        (b"PK\x03\x04", "ZIP"),
+        (b"PAR1\x15", "Parquet"),
+    ],
+)
+@pytest.mark.parametrize("cuts", [[], list(range(50))])
+def test_a_file_of_another_kind_is_one_error(begins: bytes, words: str, cuts: list[int]) -> None:
+    errors, num_errors = take(begins + b"\n\n" + lines(50), cuts)
+    assert num_errors == 1
+    assert isinstance(errors[0], LineError)
+    assert (errors[0].code, errors[0].line) == ("invalid_json_line", 1)
+    assert words in errors[0].message
 
 
 _IDS = st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=15, unique=True)
