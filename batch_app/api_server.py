@@ -82,6 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.services = services
     app.include_router(batches.router)
     app.include_router(results.router)
+    app.include_router(batches.models_router)
     app.include_router(openai_files.files_router)
     app.include_router(openai_files.uploads_router)
     app.include_router(webhooks.router)

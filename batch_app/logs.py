@@ -21,6 +21,9 @@ from batch_app.errors import BatchAppError
 
 _BATCH_ID = re.compile(r"\bbatch_[0-9a-f]{24}\b")
 _ACCESS = "uvicorn.access"
+_POLLED = re.compile(
+    r"/(?:v1/batches(?:/[^/?]+(?:/logs)?)?|health|livez|readyz|metrics|events|static/.*)(?:\?.*)?"
+)
 logger = logging.getLogger("batch_app")
 
 
@@ -47,6 +50,7 @@ class JsonFormatter(logging.Formatter):
 
 
 _is_json = False
+_is_on_stderr = False
 _keeps_texts_out = False
 
 
@@ -91,6 +95,12 @@ def told(error: BaseException) -> str:
     return "".join(parts).rstrip("\n")
 
 
+def say_on_stderr() -> None:
+    """From now on: where standard output is for data."""
+    global _is_on_stderr
+    _is_on_stderr = True
+
+
 def set_up(log_format: str) -> None:
     """Decide what this process prints; called once, at its start."""
     keep_texts_out()
@@ -112,8 +122,9 @@ def say(text: str, *, as_json: str | None = None) -> None:
     if _is_json:
         logger.info("%s", as_json or text)
         return
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
+    out = sys.stderr if _is_on_stderr else sys.stdout
+    out.write(f"{text}\n")
+    out.flush()
 
 
 def say_error(text: str) -> None:
@@ -124,6 +135,18 @@ def say_error(text: str) -> None:
     sys.stderr.write(f"{text}\n")
 
 
+class Polling(logging.Filter):
+    """Lets through what isn't asked again and again, or didn't go well: whoever waits for a batch
+    would fill the terminal with its status."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.args, tuple) or len(record.args) != 5:
+            return True
+        _, method, path, _, status = record.args
+        is_well = isinstance(status, int) and status < 400
+        return not (is_well and method in ("GET", "HEAD") and _POLLED.fullmatch(str(path)))
+
+
 def server_config(uvicorn_config: dict[str, Any]) -> dict[str, Any]:
     """uvicorn's own configuration of logging, with our loggers in it."""
     config = copy.deepcopy(uvicorn_config)
@@ -131,4 +154,7 @@ def server_config(uvicorn_config: dict[str, Any]) -> dict[str, Any]:
     if _is_json:
         for formatter in config["formatters"]:
             config["formatters"][formatter] = {"()": JsonFormatter}
+    else:
+        config["filters"] = {"polling": {"()": Polling}}
+        config["loggers"][_ACCESS]["filters"] = ["polling"]
     return config

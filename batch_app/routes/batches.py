@@ -61,6 +61,7 @@ from batch_app.wire.openai import (
 )
 
 router = APIRouter(tags=["batches"])
+models_router = APIRouter(tags=["models"])
 
 MAX_LIMIT = 100
 DEFAULT_LIMIT = 20
@@ -116,7 +117,7 @@ _FORMAT = Query(
 # -- models ----------------------------------------------------------------------------------------
 
 
-@router.get("/v1/models", response_model=ModelListBody, tags=["models"])
+@models_router.get("/v1/models", response_model=ModelListBody)
 def list_models(request: Request) -> Response:
     """The models of the registry, with what was last measured of each."""
     own = services(request)
@@ -131,11 +132,8 @@ def list_models(request: Request) -> Response:
     )
 
 
-@router.get(
-    "/v1/models/{model:path}",
-    response_model=OpenAIModelBody,
-    responses=refusals(404),
-    tags=["models"],
+@models_router.get(
+    "/v1/models/{model:path}", response_model=OpenAIModelBody, responses=refusals(404)
 )
 def get_model(request: Request, model: str) -> Response:
     """One model of the registry, by its name or an alias."""

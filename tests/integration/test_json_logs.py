@@ -1,4 +1,5 @@
-"""`--log-format json`: each line of server, worker and access log is an object, with no prompt."""
+"""What is printed. `--log-format json`: each line of server, worker and access log is an object,
+with no prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from uvicorn.config import LOGGING_CONFIG
 
+from batch_app import logs
 from batch_app.logs import JsonFormatter
 from support.site import Site
 
@@ -83,3 +87,26 @@ def test_an_exception_is_one_line() -> None:
     assert line["level"] == "error"
     assert "ValueError: two" in line["exception"]
     assert line["batch_id"] is None
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "is_said"),
+    [
+        ("GET", f"/v1/batches/batch_{'0' * 24}?format=native", 200, False),
+        ("GET", "/v1/batches?limit=1&status=running", 200, False),
+        ("GET", "/metrics", 200, False),
+        ("GET", "/readyz", 503, True),
+        ("GET", f"/v1/batches/batch_{'0' * 24}", 404, True),
+        ("GET", f"/v1/batches/batch_{'0' * 24}/results", 200, True),
+        ("POST", "/v1/batches", 200, True),
+        ("DELETE", f"/v1/batches/batch_{'0' * 24}", 200, True),
+    ],
+)
+def test_polls_that_go_well_do_not_fill_a_terminal(
+    method: str, path: str, status: int, is_said: bool
+) -> None:
+    (name,) = logs.server_config(LOGGING_CONFIG)["loggers"]["uvicorn.access"]["filters"]
+    polling = logs.server_config(LOGGING_CONFIG)["filters"][name]["()"]()
+    access = ("127.0.0.1:1", method, path, "1.1", status)
+    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, "", access, None)
+    assert polling.filter(record) is is_said
