@@ -17,11 +17,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from batch_app import logs
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus
 from batch_app.engine.process import EngineProcess
@@ -162,15 +163,23 @@ class OneShot:
 
 
 def main(
-    source: Path, output: Path, *, entry: ModelEntry, settings: Settings, overwrite: bool = False
+    source: Path,
+    output: Path,
+    *,
+    entry: ModelEntry,
+    settings: Settings,
+    overwrite: bool = False,
+    on_end: Callable[[Batch], None] = lambda batch: None,
 ) -> int:
-    """The command: runs, tells the outcome on standard error, and returns the exit code.
+    """The command: runs, tells the outcome on standard error, and returns the exit code. `on_end`
+    gets the batch as the run left it.
 
     0: every request has a line in the output, those that failed among them. 1: the run failed.
     130: it was stopped.
 
     Raises BatchAppError as `OneShot.run`.
     """
+    logs.say_on_stderr()
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -190,6 +199,7 @@ def main(
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    on_end(batch)
     progress = batch.progress
     if batch.status is BatchStatus.COMPLETED:
         failed = f", {progress.failed:,} failed" if progress.failed else ""

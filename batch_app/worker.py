@@ -314,7 +314,8 @@ class Worker:
             now = self._store.get_batch(batch.id)
         except (NotFound, StoreUnavailable):
             return "done"
-        return f"{now.status.value}, {now.progress.done:,} of {now.total:,} done"
+        what = now.status.value if now.is_terminal else "given back"
+        return f"{what}, {now.progress.done:,} of {now.total:,} done"
 
     def _sweep_work_dirs(self) -> None:
         """Remove the work folders of batches that ended while nobody was left to clean up."""

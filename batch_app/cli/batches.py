@@ -12,16 +12,19 @@ from batch_app.cli.options import Json
 from batch_app.cli.remote import (
     SECTION,
     ApiKey,
+    BatchesOfInterest,
     BatchId,
     BatchIds,
+    BatchOfInterest,
     Server,
     connected,
     facts,
+    of_interest,
     same_place,
 )
 from batch_app.cli.terminal import say, show, show_facts, show_json, show_table
-from batch_app.cli.waiting import outcome, wait_for
-from batch_app.client import Batch
+from batch_app.cli.waiting import outcome, wait_for, what_it_says
+from batch_app.client import Batch, BatchClient
 
 app = typer.Typer()
 
@@ -76,23 +79,32 @@ def _row(batch: Batch) -> tuple[str, ...]:
 
 @app.command(rich_help_panel=SECTION)
 def status(
-    batches: BatchIds, as_json: Json = False, server: Server = None, api_key: ApiKey = None
+    batches: BatchesOfInterest = None,
+    as_json: Json = False,
+    server: Server = None,
+    api_key: ApiKey = None,
 ) -> None:
     """Show how far batches are."""
     with connected(server, api_key) as client:
-        for number, batch_id in enumerate(batches):
+        for number, batch_id in enumerate(batches or [of_interest(client)]):
             batch = client.get(batch_id)
             if as_json:
                 show_json(batch.raw)
                 continue
             if number:
                 show("")
-            show_facts(facts(batch))
+            show_facts([*facts(batch), *_at_work(client, batch)])
+
+
+def _at_work(client: BatchClient, batch: Batch) -> list[tuple[str, str]]:
+    """What it is at, by its log: loading, or answering so fast."""
+    said = what_it_says(client, batch) if batch.status == "running" else ""
+    return [("now", said)] if said else []
 
 
 @app.command(rich_help_panel=SECTION)
 def wait(
-    batches: BatchIds,
+    batches: BatchesOfInterest = None,
     timeout: Annotated[
         float | None,
         typer.Option(help="Seconds to wait at most.", min=0.0, show_default="as long as it takes"),
@@ -105,7 +117,7 @@ def wait(
     """Wait until batches have finished. The exit code says how they ended."""
     codes = []
     with connected(server, api_key) as client:
-        for batch_id in batches:
+        for batch_id in batches or [of_interest(client)]:
             again = f"vllm-batch wait {batch_id}{same_place(server)}"
             ended = wait_for(client, batch_id, timeout_s=timeout, quiet=quiet, again=again)
             codes.append(outcome(ended))
@@ -116,7 +128,7 @@ def wait(
 
 @app.command(rich_help_panel=SECTION)
 def logs(
-    batch: BatchId,
+    batch: BatchOfInterest = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the batch has finished.")
     ] = False,
@@ -130,7 +142,7 @@ def logs(
 ) -> None:
     """Show a batch's log."""
     with connected(server, api_key) as client:
-        for line in client.logs(batch, tail=tail, follow=follow):
+        for line in client.logs(batch or of_interest(client), tail=tail, follow=follow):
             show_json({"line": line}, compact=True) if as_json else show(line)
 
 

@@ -58,7 +58,10 @@ IdColumn = Annotated[
     ),
 ]
 Delimiter = Annotated[
-    str | None, typer.Option(help="For CSV: what stands between cells.", show_default=",")
+    str | None,
+    typer.Option(
+        help="For CSV: what stands between cells.", show_default=", else ; or tab, by the header"
+    ),
 ]
 EmptyCells = Annotated[
     Empty,

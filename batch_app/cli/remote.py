@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from batch_app.client import Batch, BatchClient
-from batch_app.errors import BatchAppError
+from batch_app.errors import BatchAppError, NotFound
 
 if TYPE_CHECKING:
     from batch_app.config import Settings
@@ -47,6 +47,24 @@ BatchId = Annotated[
     str,
     typer.Argument(metavar="BATCH", help="The batch's id.", autocompletion=completed_ids),
 ]
+BatchOfInterest = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[BATCH]",
+        help="The batch's id.",
+        show_default="the running one, else the newest",
+        autocompletion=completed_ids,
+    ),
+]
+BatchesOfInterest = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[BATCH]...",
+        help="Ids of batches.",
+        show_default="the running one, else the newest",
+        autocompletion=completed_ids,
+    ),
+]
 BatchIds = Annotated[
     list[str],
     typer.Argument(metavar="BATCH", help="Ids of batches.", autocompletion=completed_ids),
@@ -70,6 +88,14 @@ def address_of(settings: Settings) -> str:
 
 def connected(server: str | None, api_key: str | None) -> BatchClient:
     return BatchClient(address(server), api_key)
+
+
+def of_interest(client: BatchClient) -> str:
+    """The id of the batch that is meant where none is named. Raises NotFound."""
+    for status in ("running", "pending", None):
+        for found in client.list(status, limit=1):
+            return found.id
+    raise NotFound("There are no batches. Make one: vllm-batch submit FILE --model MODEL")
 
 
 def same_place(server: str | None) -> str:

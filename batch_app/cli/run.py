@@ -10,8 +10,9 @@ import typer
 from typer.core import TyperCommand
 
 from batch_app.cli.models import completed_names
-from batch_app.cli.options import Models
-from batch_app.cli.terminal import say
+from batch_app.cli.options import Json, Models
+from batch_app.cli.terminal import say, show_json
+from batch_app.core import Batch
 from batch_app.errors import BadRequest
 
 app = typer.Typer()
@@ -61,6 +62,7 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output that is there already.")
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Answer one file without a server. Run it again after a crash, and it goes on.
 
@@ -91,6 +93,16 @@ def run(
     )
     for note in flags.notes:
         say(note)
+
+    def on_end(batch: Batch) -> None:
+        if as_json:
+            progress = batch.progress
+            counts = {"completed": progress.completed, "failed": progress.failed}
+            facts = {"output": str(output), "status": batch.status.value, "total": batch.total}
+            show_json(facts | counts | {"error": batch.error_message})
+
     raise typer.Exit(
-        one_shot.main(source, output, entry=entry, settings=settings, overwrite=overwrite)
+        one_shot.main(
+            source, output, entry=entry, settings=settings, overwrite=overwrite, on_end=on_end
+        )
     )

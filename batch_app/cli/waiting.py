@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import typer
@@ -16,8 +17,11 @@ from batch_app.cli.figures import duration, ending, seconds_left, share
 from batch_app.cli.terminal import say
 from batch_app.client import Batch, BatchClient
 from batch_app.client.client import WaitTimedOut
+from batch_app.errors import BatchAppError
 
 LINE_EVERY_S = 5.0
+#: How a line of a batch's log begins.
+_TIME = re.compile(r"^\S+ \S+Z\s+")
 
 
 def wait_for(
@@ -34,7 +38,7 @@ def wait_for(
     """
     batch_id = batch if isinstance(batch, str) else batch.id
     try:
-        with progress_shown(quiet) as show:
+        with progress_shown(client, quiet) as show:
             ended = client.wait(batch, on_progress=show, timeout_s=timeout_s, poll_s=1.0)
     except WaitTimedOut as late:
         say(
@@ -56,8 +60,16 @@ def outcome(batch: Batch) -> ExitCode:
     return ExitCode.SOME_FAILED if batch.progress.failed else ExitCode.OK
 
 
+def what_it_says(client: BatchClient, batch: Batch | str) -> str:
+    """The last line of its log, without the time; empty where there is none."""
+    with suppress(BatchAppError):  # it only adds to what is known
+        for line in client.logs(batch, tail=1):
+            return _TIME.sub("", line).strip()
+    return ""
+
+
 @contextmanager
-def progress_shown(quiet: bool) -> Iterator[Callable[[Batch], None] | None]:
+def progress_shown(client: BatchClient, quiet: bool) -> Iterator[Callable[[Batch], None] | None]:
     """What to call with each state of the batch."""
     console = Console(stderr=True)
     if quiet:
@@ -73,7 +85,7 @@ def progress_shown(quiet: bool) -> Iterator[Callable[[Batch], None] | None]:
             task = bar.add_task("waiting", total=None, left="")
             yield partial(_update, bar, task)
     else:
-        yield _Lines()
+        yield _Lines(client)
 
 
 def _update(bar: Progress, task: object, batch: Batch) -> None:
@@ -88,16 +100,22 @@ def _update(bar: Progress, task: object, batch: Batch) -> None:
 
 
 class _Lines:
-    """A line when something changed, and no more than one in a few seconds."""
+    """A line when something changed, and no more than one in a few seconds. Before the first answer
+    it says what the batch's log says: that the model is loaded, or how fast it writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, client: BatchClient) -> None:
+        self._client = client
         self._next = 0.0
         self._said = ""
 
     def __call__(self, batch: Batch) -> None:
         now = time.monotonic()
+        if batch.is_finished or now < self._next:
+            return
         line = f"{batch.id} {batch.status}: {share(batch)}"
-        if batch.is_finished or now < self._next or line == self._said:
+        if batch.status == "running" and not batch.progress.done:
+            line = f"{batch.id} {batch.status}: {what_it_says(self._client, batch) or share(batch)}"
+        if line == self._said:
             return
         self._next, self._said = now + LINE_EVERY_S, line
         left_s = seconds_left(batch)

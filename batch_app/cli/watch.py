@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
+from contextlib import suppress
 from datetime import datetime
-from typing import Annotated
 
 import typer
 from rich.console import Console, Group
@@ -16,37 +17,39 @@ from rich.text import Text
 
 from batch_app.cli.figures import duration, ending, seconds_left, share
 from batch_app.cli.options import Json
-from batch_app.cli.remote import SECTION, ApiKey, Server, completed_ids, connected, same_place
+from batch_app.cli.remote import (
+    SECTION,
+    ApiKey,
+    BatchOfInterest,
+    Server,
+    connected,
+    of_interest,
+    same_place,
+)
 from batch_app.cli.terminal import say, show_json
 from batch_app.cli.waiting import outcome, wait_for
 from batch_app.client import Batch, BatchClient
 from batch_app.core import utc_now
-from batch_app.errors import NotFound
+from batch_app.errors import BatchAppError
 
 app = typer.Typer()
 
 PACE_OVER_S = 15.0
 NUM_LOG_LINES = 4
+#: Of a line of the log; the time of day is enough where it is watched.
+_DAY = re.compile(r"^\d{4}-\d\d-\d\d ")
 
 
 @app.command(rich_help_panel=SECTION)
 def watch(
-    batch: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[BATCH]",
-            help="The batch's id.",
-            show_default="the running one, else the newest",
-            autocompletion=completed_ids,
-        ),
-    ] = None,
+    batch: BatchOfInterest = None,
     as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,
 ) -> None:
     """Watch a batch: progress, speed, time left, cache hits, log. Off a terminal, in lines."""
     with connected(server, api_key) as client:
-        batch_id = batch or _of_interest(client)
+        batch_id = batch or of_interest(client)
         again = f"vllm-batch watch {batch_id}{same_place(server)}"
         console = Console(stderr=True)
         if console.is_terminal and not as_json:
@@ -56,13 +59,6 @@ def watch(
             if as_json:
                 show_json(ended.raw)
     raise typer.Exit(outcome(ended))
-
-
-def _of_interest(client: BatchClient) -> str:
-    for status in ("running", "pending", None):
-        for found in client.list(status, limit=1):
-            return found.id
-    raise NotFound("There are no batches. Make one: vllm-batch submit FILE --model MODEL")
 
 
 def _on_screen(client: BatchClient, batch_id: str, console: Console, again: str) -> Batch:
@@ -124,8 +120,9 @@ class Screen:
         elif batch.status == "pending":
             rows.append(("waiting", self._place(batch)))
         if not batch.is_finished:
-            log = "\n".join(self._client.logs(batch, tail=NUM_LOG_LINES))
-            rows.append(("log", log))
+            with suppress(BatchAppError):  # a server that is away for a moment ends nothing
+                log = self._client.logs(batch, tail=NUM_LOG_LINES)
+                rows.append(("log", "\n".join(_DAY.sub("", line) for line in log)))
         return rows
 
     def _speed(self, batch: Batch) -> str:

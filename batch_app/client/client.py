@@ -200,6 +200,19 @@ class BatchClient:
         """
         return self._connection.json("GET", "/readyz", repeat=False)
 
+    def estimate(self, requests: Requests | Source, model: str | None = None) -> dict[str, Any]:
+        """What would become of these requests, without submitting them, as `POST /v1/estimate`
+        answers: `errors` by line, and in `models` the time on `model`, or on each.
+
+        Raises:
+            ModelNotFound, BadRequest, Forbidden, ServerUnreachable: as `submit`.
+        """
+        source = Source.of(requests)
+        owned = source if source is not requests else contextlib.nullcontext()
+        with owned:
+            form = Form({} if model is None else {"model": model}, source)
+            return self._connection.upload("/v1/estimate", form.blocks, form.content_type, {})
+
     def logs(
         self, batch: Batch | str, *, tail: int | None = None, follow: bool = False
     ) -> Iterator[str]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import chain
 from types import ModuleType
 from typing import Any
 
@@ -79,8 +80,8 @@ class Table:
     def __init__(self, source: Source, kind: TableFormat, *, delimiter: str | None = None) -> None:
         self.source = source
         self.kind = kind
-        self._delimiter = delimiter or ("\t" if kind is TableFormat.TSV else ",")
-        if len(self._delimiter) != 1:
+        self._delimiter = delimiter or ("\t" if kind is TableFormat.TSV else None)
+        if self._delimiter is not None and len(self._delimiter) != 1:
             raise BadRequest("The delimiter must be a single character.", param="--delimiter")
 
     def columns(self) -> list[str]:
@@ -92,6 +93,13 @@ class Table:
                 return list(file.schema_arrow.names)
         with self._csv() as reader:
             return list(reader[0])
+
+    def _separator(self, header: str) -> str:
+        """What was said; else a comma, or what the header has in place of any: where numbers have
+        commas, spreadsheets write something else."""
+        if self._delimiter is not None:
+            return self._delimiter
+        return next((one for one in (",", ";", "\t") if one in header), ",")
 
     def rows(self) -> Iterator[Row]:
         """All rows, malformed ones with their `problem`."""
@@ -122,8 +130,11 @@ class Table:
         csv.field_size_limit(MAX_CELL_CHARS)
         with self.source.opened() as raw:
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
-            reader = csv.reader(text, delimiter=self._delimiter, strict=True)
             try:
+                first = text.readline()
+                reader = csv.reader(
+                    chain([first], text), delimiter=self._separator(first), strict=True
+                )
                 header = [name.strip() for name in next(reader, [])]
             except (csv.Error, UnicodeDecodeError) as error:
                 raise BadRequest(f"{self.source.name}, header: {_said(error)}.") from error

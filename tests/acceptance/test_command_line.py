@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from batch_app.cli import app
 from batch_app.client import BatchClient
 from support.receiver import receiving
 from support.sdk import jsonl, line, lines
-from support.site import REPO
+from support.site import ENDLESS, REPO
+from support.waiting import wait_for
 
 LONG, SHORT = "one two three four five six", "one two"
 
@@ -146,6 +148,61 @@ def test_one_error_is_one_error(idle: Shell) -> None:
     idle.file("bad.jsonl", b"nope\n")
     assert "bad.jsonl: 1 error." in idle("validate", "bad.jsonl", "-m", "sim").err
     assert "can't run: 1 error. Nothing" in idle("submit", "bad.jsonl", "-m", "sim").err
+
+
+def test_neighbours_with_the_same_error_are_told_together(idle: Shell) -> None:
+    good = jsonl(lines(1))
+    idle.file("bad.jsonl", good + 30 * b"nope\n" + b"{}\n" + good.replace(b"r0", b"x") + b"nope\n")
+    for said in (
+        idle("validate", "bad.jsonl", "-m", "sim"),
+        idle("submit", "bad.jsonl", "-m", "sim"),
+    ):
+        told = [one.strip().partition(": ")[0] for one in said.err.splitlines()[1:]]
+        assert told == ["lines 2–31", "line 32", "line 34"], said.err
+
+
+def test_a_file_of_another_kind_is_told_once(idle: Shell) -> None:
+    idle.file("in.jsonl", b'[\n  {"custom_id": "a"},\n  {"custom_id": "b"}\n]\n')
+    said = idle("submit", "in.jsonl", "-m", "sim")
+    assert (said.code, "1 error" in said.err, "jq -c '.[]'" in said.err) == (3, True, True)
+
+
+def test_without_an_id_it_is_the_batch_at_hand(idle: Shell, waiting: Running) -> None:
+    idle.file("in.jsonl", lines(3))
+    batch_id = idle("submit", "in.jsonl", "-m", "sim").out.strip()
+    assert batch_id in idle("status").out
+    assert "submitted" in idle("logs").out
+    assert f"vllm-batch wait {batch_id}" in idle("wait", "--timeout", "0.1").err
+    assert idle("cancel").code == 2, "what ends something names it"
+    assert idle("cancel", batch_id).code == 0
+
+
+def test_a_running_batch_says_what_it_is_at(shell: Shell) -> None:
+    shell.file("long.jsonl", lines(ENDLESS, "endless"))
+    batch_id = shell("submit", "long.jsonl", "-m", "endless").out.strip()
+    try:
+        wait_for(lambda: re.search(r"^status +running$", shell("status").out, re.M), what="it runs")
+        assert re.search(r"^now +[^\d\s].*|^now +\d.* done", shell("status").out, re.M)
+        waits = shell("wait", "--timeout", "0.5")
+        assert waits.code == 10
+        assert f"{batch_id} running: " in waits.err
+    finally:
+        shell("cancel", batch_id)
+
+
+def test_an_estimate_by_the_server(shell: Shell) -> None:
+    shell.submitted(lines(30))  # the first measurement
+    raw = jsonl(lines(20)) + b"nope\n"
+    shell.file("in.jsonl.gz", gzip.compress(raw))
+    said = shell("estimate", "in.jsonl.gz", "--model", "sim")
+    assert said.code == 3
+    assert "line 21: This line is not valid JSON" in said.err
+    told = json.loads(shell("estimate", "-", "-m", "sim", "--json", stdin=jsonl(lines(20))).out)
+    assert told["models"][0]["estimate"]["prompt_tokens"] > 0
+    table = shell("estimate", "-", "--model", "sim", stdin=jsonl(lines(20))).lines
+    assert table[0].startswith("MODEL")
+    assert table[1].startswith("sim ")
+    assert shell("estimate", "-", "--model", "none", stdin=b"").code == 4
 
 
 def test_mistakes_are_told_in_a_line_with_a_code(idle: Shell) -> None:
@@ -278,6 +335,16 @@ def test_parquet_and_json_answers(shell: Shell) -> None:
     assert out.column("score").to_pylist() == [1.0, 2.5, None]
     assert out.column("tags").to_pylist() == [None, '["a"]', None]
     assert out.column("response").to_pylist() == asked
+
+
+def test_a_spreadsheet_s_semicolons(shell: Shell) -> None:
+    shell.file("in.csv", "\ufeffid;text\n1;a, b\n2;c\n".encode())
+    said = shell("submit", "in.csv", "-m", "sim", "--id-column", "id", "-o", "out.csv", "-q")
+    assert said.code == 0, said.err
+    assert [(row["id"], row["response"]) for row in read_csv("out.csv")] == [
+        ("1", "a, b"),
+        ("2", "c"),
+    ]
 
 
 def test_plain_text(shell: Shell) -> None:

@@ -55,7 +55,7 @@ class Place:
                 # The run has a database of its own, whatever the server here uses.
                 "VLLM_BATCH_DATABASE_URL": "sqlite:////nowhere/at/all.db",
             },
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
@@ -63,9 +63,10 @@ class Place:
         return process
 
     def run(self, *arguments: str, model: str = "sim") -> tuple[int, str]:
-        """The exit code, and what was said on standard error."""
+        """The exit code, and what was said on standard error; standard output is for data."""
         process = self.start(*arguments, model=model)
-        _, said = process.communicate(timeout=120)
+        out, said = process.communicate(timeout=120)
+        assert out == b""
         return process.returncode, said.decode()
 
     def num_committed(self) -> int:
@@ -111,6 +112,21 @@ def test_answers_a_file_and_leaves_only_the_output(place: Place) -> None:
     told = [line for line in said.splitlines() if " done (" in line or line.startswith("Loading")]
     assert len(told) == len(set(told)), "nothing is said twice"
     assert not work_folder(place.output).exists()
+
+
+def test_it_tells_the_outcome_in_json(place: Place) -> None:
+    place.write(3)
+    process = place.start(str(place.input), str(place.output), "--json")
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert orjson.loads(out) == {
+        "output": str(place.output),
+        "status": "completed",
+        "total": 3,
+        "completed": 3,
+        "failed": 0,
+        "error": None,
+    }
 
 
 @pytest.fixture
