@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 #: What others call it.
 _ELSEWHERE = {
@@ -15,15 +16,19 @@ _ELSEWHERE = {
 
 
 def meant_by(key: str, allowed: Iterable[str]) -> str | None:
-    """The allowed field that this one is a slip of; None where there is no such one. Quick: every
-    line of a large file may have it."""
-    if len(key) > 40:
-        return None
-    known = tuple(allowed)
+    """The allowed field that this one is a slip of; None where there is no such one. Remembers:
+    every line of a large file may have the same one."""
+    return None if len(key) > 40 else _meant_by(key, tuple(allowed))
+
+
+@lru_cache(256)
+def _meant_by(key: str, known: tuple[str, ...]) -> str | None:
     if _ELSEWHERE.get(key) in known:
         return _ELSEWHERE[key]
     plain = _plain(key)
-    return next((name for name in known if _is_slip(plain, _plain(name))), None)
+    near = [name for name in known if _is_slip(plain, _plain(name))]
+    # The first letter is seldom the wrong one.
+    return min(near, key=lambda name: name[:1] != plain[:1], default=None)
 
 
 def _plain(name: str) -> str:
