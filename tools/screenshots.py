@@ -18,7 +18,7 @@ import orjson
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from support.browser import DESK, PHONE, Tab, started  # noqa: E402
+from support.browser import PHONE, Tab, started  # noqa: E402
 from support.site import Site, echo_line  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
@@ -34,17 +34,23 @@ def main() -> int:
         try:
             url = site.start_server()
             site.start_worker()
-            take(site, url)
+            with started() as browser:
+                take(site, url, browser, IMAGES)
         finally:
             site.close()
     return 0
 
 
-def take(site: Site, url: str) -> None:
-    """Seven pictures of a site with some history, one batch at work and two that wait."""
+def take(
+    site: Site, url: str, browser: Any, images: Path, *, share: float = 1.0, settle_ms: int = 600
+) -> None:
+    """Seven pictures of a site with some history, one batch at work and two that wait.
+
+    `share`: of the requests, for a quick look that the pictures can be taken at all.
+    """
 
     def submit(name: str, num: int, model: str, num_long: int = 0) -> str:
-        lines = [echo_line(n) for n in range(num)]
+        lines = [echo_line(n) for n in range(int(num * share))]
         for line in lines[:num_long]:
             line["body"]["messages"][0]["content"] = LONG
         content = b"".join(orjson.dumps(line) + b"\n" for line in lines)
@@ -59,26 +65,26 @@ def take(site: Site, url: str) -> None:
     running = submit("reviews-2026.jsonl", 12000, "slow")
     submit("translations-fr.jsonl", 2500, "sim")
     submit("reviews-2025.jsonl", 9000, "slow")
-    site.wait_for_progress(running, 4500)
-    with started() as browser:
-        for scheme in ("light", "dark"):
-            desk = Tab(browser, url, color_scheme=scheme)
-            phone = Tab(browser, url, viewport=PHONE, color_scheme=scheme)
-            shoot(desk, "/", f"queue-{scheme}")
-            shoot(desk, f"/batches/{running}", f"batch-{scheme}", DESK["height"])
-            shoot(phone, "/", f"phone-{scheme}", PHONE["height"])
-            if scheme == "light":
-                shoot(desk, f"/batches/{failed}", "failures-light", DESK["height"])
-            desk.close()
-            phone.close()
+    site.wait_for_progress(running, int(4500 * share))
 
+    def shoot(tab: Tab, path: str, name: str, *, whole: bool = False) -> None:
+        """The page, or its upper part, once it has heard how things stand."""
+        page = tab.go(path)
+        page.wait_for_function("() => connection.isReady")
+        page.wait_for_timeout(settle_ms)
+        page.screenshot(path=images / f"{name}.png", full_page=whole)
 
-def shoot(tab: Tab, path: str, name: str, height: int | None = None) -> None:
-    """The whole page, or its upper part, once it has heard how things stand."""
-    page = tab.go(path)
-    page.wait_for_function("() => connection.isReady")
-    page.wait_for_timeout(600)
-    page.screenshot(path=IMAGES / f"{name}.png", full_page=height is None)
+    for scheme in ("light", "dark"):
+        desk = Tab(browser, url, color_scheme=scheme)
+        phone = Tab(browser, url, viewport=PHONE, color_scheme=scheme)
+        shoot(desk, "/", f"queue-{scheme}", whole=True)
+        shoot(desk, f"/batches/{running}", f"batch-{scheme}")
+        shoot(phone, "/", f"phone-{scheme}")
+        if scheme == "light":
+            shoot(desk, f"/batches/{failed}", "failures-light")
+        desk.close()
+        phone.close()
+        assert desk.complaints == phone.complaints == []
 
 
 if __name__ == "__main__":

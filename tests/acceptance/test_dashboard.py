@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from batch_app.keys import Scope, new_key
 from batch_app.store import Store
 from integration.api_fixtures import ServerProcess
 from support.browser import PHONE, Tab
-from support.site import ENDLESS, Site, echo_line
+from support.site import ENDLESS, REPO, Site, echo_line
 
 NO_SUCH_BATCH = "/batches/batch_000000000000000000000000"
 HOSTILE = '<img src=x onerror="document.title=1">"\'&\u202e{{7*7}}'
@@ -437,6 +438,18 @@ def test_a_phone_shows_all_of_it(chromium: Any, working: Running, shown: str) ->
     ), "what failed is read without scrolling sideways"
     tab.close()
     assert tab.complaints == []
+
+
+def test_the_documents_pictures_can_be_taken(
+    chromium: Any, working: Running, tmp_path: Path
+) -> None:
+    """By the program that took them (`make screenshots`), of the pages as they are now."""
+    program = runpy.run_path(str(REPO / "tools" / "screenshots.py"))
+    program["take"](working.site, working.url, chromium, tmp_path, share=0.02, settle_ms=0)
+    taken = {path.name for path in tmp_path.glob("*.png")}
+    assert taken == {path.name for path in (REPO / "docs" / "images").glob("*.png")}
+    for page in (REPO / "README.md", *(REPO / "docs").glob("*.md")):
+        assert set(re.findall(r"images/([\w-]+\.png)", page.read_text())) <= taken, page
 
 
 def test_by_keyboard_the_first_step_skips_to_the_content(tab: Tab) -> None:
