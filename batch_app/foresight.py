@@ -209,12 +209,13 @@ class Foresight:
 
 
 def _prediction(forecast: Forecast | None) -> BenchmarkPrediction | None:
-    if forecast is None:
+    whole = combined([forecast]) if forecast is not None else None
+    if forecast is None or whole is None:
         return None
     return BenchmarkPrediction(
-        predicted_s=round(forecast.total_s, 3),
-        low_s=round(forecast.load_s + forecast.low_s, 3),
-        high_s=round(forecast.load_s + forecast.high_s, 3),
+        predicted_s=round(whole.total_s, 3),
+        low_s=round(whole.low_s, 3),
+        high_s=round(whole.high_s, 3),
         basis=forecast.basis,
         basis_kind=forecast.basis_kind,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from importlib import metadata
-from math import sqrt
+from math import exp, sqrt
 from typing import Any
 
 import msgspec
@@ -22,7 +22,7 @@ from batch_app.core import Batch, Waiting
 from batch_app.counting.count import BytesPerToken
 from batch_app.datasheets import device_of, size_of
 from batch_app.estimates import Estimate, Forecasters
-from batch_app.forecast.forecast import Forecast, Forecaster
+from batch_app.forecast.forecast import RANGE_SIGMAS, Forecast, Forecaster
 from batch_app.forecast.measurement import Limits, Setting
 from batch_app.forecast.workload import RequestGroup, Workload
 from batch_app.machine import Machine, this_machine
@@ -57,7 +57,8 @@ class Left(msgspec.Struct, frozen=True, kw_only=True):
 class BatchForecast:
     """How long a batch takes, all its models one after the other, loading included.
 
-    `first_load_s`: what is saved where its first model is loaded already.
+    `first_load_s`: what is saved where its first model is loaded already; `loaded_low_s` and
+    `loaded_high_s`: the range then.
     """
 
     total_s: float
@@ -65,6 +66,8 @@ class BatchForecast:
     high_s: float
     load_s: float
     first_load_s: float
+    loaded_low_s: float
+    loaded_high_s: float
     prompt_tokens: float
     expected_output_tokens: float
     throughput_tokens_per_s: float
@@ -80,16 +83,18 @@ def combined(parts: Sequence[Forecast]) -> BatchForecast | None:
     run_s = sum(part.run_s for part in parts)
     load_s = sum(part.load_s for part in parts)
     total_s = run_s + load_s
-    below = sqrt(sum((part.run_s - part.low_s) ** 2 for part in parts))
-    above = sqrt(sum((part.high_s - part.run_s) ** 2 for part in parts))
+    low_s, high_s = _range(parts)
+    loaded_low_s, loaded_high_s = _range([replace(parts[0], load_s=0.0), *parts[1:]])
     weights = [part.run_s / run_s if run_s else 1 / len(parts) for part in parts]
     kinds = ("measured", "similar", "roofline")
     return BatchForecast(
         total_s=total_s,
-        low_s=max(total_s - below, 0.0),
-        high_s=total_s + above,
+        low_s=low_s,
+        high_s=high_s,
         load_s=load_s,
         first_load_s=parts[0].load_s,
+        loaded_low_s=loaded_low_s,
+        loaded_high_s=loaded_high_s,
         prompt_tokens=sum(part.prompt_tokens for part in parts),
         expected_output_tokens=sum(part.expected_output_tokens for part in parts),
         throughput_tokens_per_s=_mean([part.throughput_tokens_per_s for part in parts], weights),
@@ -99,6 +104,17 @@ def combined(parts: Sequence[Forecast]) -> BatchForecast | None:
         basis=tuple(dict.fromkeys(name for part in parts for name in part.basis)),
         basis_kind=max((part.basis_kind for part in parts), key=kinds.index),
     )
+
+
+def _range(parts: Sequence[Forecast]) -> tuple[float, float]:
+    """Four of five batches take between these, loading included."""
+    total_s = below = above = 0.0
+    for part in parts:
+        total_s += part.total_s
+        spread = exp(RANGE_SIGMAS * part.load_sigma)
+        below += (part.run_s - part.low_s) ** 2 + (part.load_s * (1 - 1 / spread)) ** 2
+        above += (part.high_s - part.run_s) ** 2 + (part.load_s * (spread - 1)) ** 2
+    return max(total_s - sqrt(below), 0.0), total_s + sqrt(above)
 
 
 def _mean(values: Sequence[float], weights: Sequence[float]) -> float:
@@ -424,8 +440,8 @@ def without_load(forecast: BatchForecast) -> BatchForecast:
     return replace(
         forecast,
         total_s=forecast.total_s - saved_s,
-        low_s=max(forecast.low_s - saved_s, 0.0),
-        high_s=forecast.high_s - saved_s,
+        low_s=forecast.loaded_low_s,
+        high_s=forecast.loaded_high_s,
         load_s=forecast.load_s - saved_s,
         first_load_s=0.0,
     )

@@ -35,6 +35,10 @@ MOST_MEASUREMENTS = 24
 OTHER_ARGUMENTS, OTHER_MACHINE = 0.13, 0.8
 #: Without any measurement.
 ROOFLINE_SIGMA = 0.5
+#: Of loads, as the standard deviation of the logarithm: of one that was measured (the files come
+#: from the page cache or they don't) before several have said more, and of a guess.
+LOAD_SIGMA, GUESSED_LOAD_SIGMA = 0.25, 0.5
+_LOAD_WEIGHT = 3.0
 #: Prompts of which only the mean is known: their spread.
 _PROMPT_SIGMA = 0.4
 
@@ -44,7 +48,8 @@ class Forecast:
     """How long a workload takes.
 
     `run_s`: the expected seconds of inference, without loading; `low_s` and `high_s` around it:
-    four of five runs end between them. `load_s`: for the model to be loaded, 0 where it is.
+    four of five runs end between them. `load_s`: for the model to be loaded, 0 where it is;
+    `load_sigma`: how sure that is, the standard deviation of its logarithm.
     `throughput_*`: per second of inference, at the pace of the measurements it rests on.
     `basis`: the ids of the measurements, the weightiest first. `basis_kind`: "measured" on this
     machine, "similar" elsewhere or with another version or arguments, "roofline" not at all.
@@ -60,6 +65,7 @@ class Forecast:
     throughput_requests_per_s: float
     basis: tuple[str, ...]
     basis_kind: BasisKind
+    load_sigma: float = 0.0
 
     @property
     def total_s(self) -> float:
@@ -145,6 +151,7 @@ class Forecaster:
             throughput_requests_per_s=requests_per_s,
             basis=tuple(one.id for one in self.measurements),
             basis_kind=self.basis_kind,
+            load_sigma=self.load_sigma,
         )
 
     @property
@@ -161,14 +168,30 @@ class Forecaster:
         Loads from a warm page cache and from a cold one differ much; the middle is the usual case.
         Where none was measured, a guess by the model's size; 0 where that isn't known either.
         """
-        nearest = [
+        if nearest := self._loads():
+            return float(np.median(nearest))
+        return roofline.load_s(self._size) if self._size is not None else 0.0
+
+    @property
+    def load_sigma(self) -> float:
+        """How far a load may be off, as the standard deviation of its logarithm."""
+        nearest = self._loads()
+        if (
+            not nearest
+            or _setting_sigma(self.setting, self.measurements[0].setting) > OTHER_ARGUMENTS
+        ):
+            return GUESSED_LOAD_SIGMA
+        apart = np.log(np.array(nearest) / np.median(nearest))
+        squares = _LOAD_WEIGHT * LOAD_SIGMA**2 + float((apart**2).sum())
+        return float((squares / (_LOAD_WEIGHT + len(nearest) - 1)) ** 0.5)
+
+    def _loads(self) -> list[float]:
+        """Seconds of each load in the measurements of the nearest setting."""
+        return [
             one.load_s
             for one in self.measurements
             if one.load_s and one.setting == self.measurements[0].setting
         ]
-        if nearest:
-            return float(np.median(nearest))
-        return roofline.load_s(self._size) if self._size is not None else 0.0
 
     def expected_output_tokens(self, workload: Workload) -> float:
         return sum(group.num_requests * self._mean_output(group) for group in workload.groups)

@@ -149,6 +149,16 @@ def test_what_was_measured_elsewhere_counts_little() -> None:
     assert Forecaster(Setting("another model"), [here]).forecast(asked()) is None
 
 
+def test_loads_that_differ_are_less_sure() -> None:
+    def sigma(*loads: float) -> float:
+        runs = [replace(measured(name=f"{n}"), load_s=load) for n, load in enumerate(loads)]
+        return Forecaster(HERE, runs).load_sigma
+
+    assert sigma(20, 20, 21, 20, 20) < sigma(20) < sigma(20, 60)
+    elsewhere = replace(measured(), setting=replace(HERE, machine="another"))
+    assert Forecaster(HERE, [elsewhere]).load_sigma > sigma(20)
+
+
 def test_an_odd_run_is_noticed_and_pulls_little() -> None:
     # Enough that one of them can be odd.
     usual = [measured(seconds=100 + place, name=f"run-{place}") for place in range(5)]
