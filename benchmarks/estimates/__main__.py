@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="the report goes here")
     parser.add_argument("--folder", type=Path, help="with the published traces")
     parser.add_argument("--engine", choices=("hidden", "real"), default="hidden")
-    parser.add_argument("--rounds", type=int, default=3, help="jobs a hidden machine and shape")
+    parser.add_argument("--rounds", type=int, default=3, help="jobs a machine and shape")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[20260101], help="all is done for each of them"
     )
@@ -85,7 +85,7 @@ def _trials(engine: str, traces: Traces, rounds: int, seed: int) -> list[dict[st
     from benchmarks.estimates import real
 
     with tempfile.TemporaryDirectory(prefix="vllm-batch-estimates-") as folder:
-        return real.trials(Path(folder) / "engine.log", traces, seed, print)
+        return real.trials(Path(folder) / "engine.log", traces, rounds, seed, print)
 
 
 def hidden_trials(traces: Traces, rounds: int, seed: int) -> list[dict[str, Any]]:

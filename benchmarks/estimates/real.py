@@ -33,8 +33,11 @@ DEMO = Path(__file__).parents[2] / "models" / "demo"
 CHAT = str(Endpoint.CHAT_COMPLETIONS)
 #: A benchmark and a held-out job take about so long; never more requests than this.
 BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 14.0, 6000
-NUM_BENCHMARKS, ROUNDS = 5, 2
-_FIRST_REQUESTS = 40
+NUM_BENCHMARKS = 5
+#: So few side by side that even a job of some seconds fills them many times.
+NUM_SLOTS = 32
+#: To be warm, and of a benchmark at least: fewer say nothing of how many run side by side later.
+_WARM_REQUESTS, _LEAST_REQUESTS = 40, 150
 READ_EVERY_S = 0.25
 
 
@@ -48,25 +51,30 @@ class Ran:
 
 
 def trials(
-    log_path: Path, traces: Traces, seed: int, say: Callable[[str], None]
+    log_path: Path, traces: Traces, rounds: int, seed: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Measure each shape, then forecast and run each from measurements of five others."""
     spec = ModelSpec(
         name="demo",
         engine="vllm",
         source=str(DEMO),
-        engine_args={"max_model_len": 2048, "enforce_eager": True, "dtype": this_machine().dtype},
+        engine_args={
+            "max_model_len": 2048,
+            "max_num_seqs": NUM_SLOTS,
+            "enforce_eager": True,
+            "dtype": this_machine().dtype,
+        },
     )
     random = np.random.default_rng(seed)
     engine = EngineHost(spec, log_path=log_path)
     try:
         info = engine.load()
         for shape in REAL_SHAPES.values():  # to be warm
-            _run(engine, shape.make(traces, random, _FIRST_REQUESTS))
+            _run(engine, shape.make(traces, random, _WARM_REQUESTS))
         measurements: dict[str, Measurement] = {}
         paces: dict[str, float] = {}
         for name, shape in REAL_SHAPES.items():
-            jobs = shape.make(traces, random, _FIRST_REQUESTS)
+            jobs = shape.make(traces, random, _LEAST_REQUESTS)
             ran = _run(engine, jobs)
             if ran.seconds < BENCH_S / 2:
                 jobs = shape.make(traces, random, _size(len(jobs) / ran.seconds * BENCH_S))
@@ -75,7 +83,7 @@ def trials(
             paces[name] = len(jobs) / ran.seconds
             say(f"measured {name}: {len(jobs):,} requests in {ran.seconds:.1f} s")
         found = []
-        for name in [*REAL_SHAPES] * ROUNDS:
+        for name in [*REAL_SHAPES] * rounds:
             num = _size(paces[name] * JOB_S * float(random.uniform(0.6, 1.4)))
             others = [other for other in REAL_SHAPES if other != name]
             chosen = random.choice(others, NUM_BENCHMARKS, replace=False).tolist()
@@ -92,7 +100,7 @@ def trials(
 
 
 def _size(wanted: float) -> int:
-    return int(np.clip(wanted, _FIRST_REQUESTS, MOST_REQUESTS))
+    return int(np.clip(wanted, _LEAST_REQUESTS, MOST_REQUESTS))
 
 
 def _run(engine: EngineHost, jobs: list[Asked]) -> Ran:
