@@ -80,7 +80,7 @@ def test_submission_with_requests(api: Api) -> None:
     assert abs(completion - created_at - timedelta(seconds=own_s)) < timedelta(minutes=1)
     # Its requests are much shorter than the benchmark's, but the model has to be loaded.
     assert 26 < own_s < 75
-    assert 26 < estimate.pop("low_s") < own_s + 1
+    assert 10 < estimate.pop("low_s") < own_s + 1  # that load was on another machine
     assert own_s - 1 < estimate.pop("high_s") < 300
     assert 500 < estimate.pop("prompt_tokens") < 5000
     assert 0 < estimate.pop("expected_output_tokens") <= 50_000

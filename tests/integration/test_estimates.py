@@ -142,6 +142,28 @@ def test_a_batch_of_the_other_dialect_is_counted_too(api: Api) -> None:
     assert (api.batch(batch_id).workload or ())[0]["basis"] == "counted"
 
 
+def test_the_estimate_is_the_same_in_both_dialects(api: Api) -> None:
+    hello = {"model": GUIDE_MODEL, "messages": [{"role": "user", "content": "Hello."}]}
+    lines = b"".join(request_line(f"r{number}", body=hello) for number in range(20))
+    form = {"file": ("x.jsonl", lines)}
+    file = api.call("POST", "/v1/files", files=form, data={"purpose": "batch"}).json()
+    wish = {
+        "input_file_id": file["id"],
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+    }
+    theirs = api.call("POST", "/v1/batches", json=wish).json()["id"]
+    wait_for(lambda: api.get(f"/v1/batches/{theirs}").json()["estimate"], what="it has an estimate")
+    ours = api.submit(input_file(20)).json()["estimate"]
+    estimate = api.get(f"/v1/batches/{theirs}").json()["estimate"]
+    assert estimate.keys() == ours.keys()
+    assert estimate["low_s"] < estimate["estimated_seconds"] < estimate["high_s"]
+    assert estimate["prompt_tokens"] > 0
+    assert estimate["expected_output_tokens"] > 0
+    assert (estimate["queue_wait_s"], ours["queue_wait_s"] > 0) == (0, True)
+    assert estimate["basis"] == ours["basis"] != []
+
+
 def told(api: Api, batch_id: str, now: datetime) -> Estimate:
     """The estimate of a batch, at a moment that stands still."""
     own = api.services
