@@ -37,7 +37,7 @@ NUM_BENCHMARKS = 5
 #: So few side by side that even a job of some seconds fills them many times.
 NUM_SLOTS = 32
 #: To be warm, and of a benchmark at least: fewer say nothing of how many run side by side later.
-_WARM_REQUESTS, _LEAST_REQUESTS = 40, 150
+_WARM_REQUESTS, _LEAST_REQUESTS = 32, 100
 READ_EVERY_S = 0.25
 
 

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.estimates.shapes import Lengths, Traces
 
 #: By what the traces' prompts and answers are divided, and what of them is taken at the most.
-AZURE_SHORTER, MOONCAKE_SHORTER = 4, 16
-MOST_PROMPT_TOKENS, LIMIT = 1500, 250
+AZURE_SHORTER, MOONCAKE_SHORTER = 8, 32
+MOST_PROMPT_TOKENS, LIMIT = 750, 125
 #: A block of the Mooncake trace is 512 tokens.
 _MOONCAKE_BLOCK = 512 // MOONCAKE_SHORTER
 #: So many tokens of the demo model are a number of two digits and a space, and a chat's frame.
@@ -80,7 +80,7 @@ def _fixed(prompt_words: tuple[int, int], tokens: tuple[int, int]) -> Make:
 
 
 def _azure(limit: int) -> Make:
-    """Rows of the Azure trace, a quarter as long; answers end by themselves or at the limit."""
+    """Rows of the Azure trace, an eighth as long; answers end by themselves or at the limit."""
 
     def make(traces: Traces, random: np.random.Generator, num: int) -> list[Asked]:
         rows = traces.azure[traces.azure[:, 0] <= MOST_PROMPT_TOKENS * AZURE_SHORTER]
@@ -100,7 +100,7 @@ def _azure(limit: int) -> Make:
 
 
 def _documents(traces: Traces, random: np.random.Generator, num: int) -> list[Asked]:
-    """Rows of the Mooncake trace, a sixteenth as long, in the order that the planner gives them."""
+    """Rows of the Mooncake trace, a 32nd as long, in the order that the planner gives them."""
     usable = [row for row in traces.mooncake if row[0] <= MOST_PROMPT_TOKENS * MOONCAKE_SHORTER]
     rows = [usable[place] for place in random.integers(0, len(usable), num)]
     rows.sort(key=lambda row: row[2])
@@ -123,12 +123,12 @@ def _documents(traces: Traces, random: np.random.Generator, num: int) -> list[As
 
 REAL_SHAPES: dict[str, RealShape] = {
     "sums": RealShape("sums that the model answers by itself", "natural", _sums),
-    "conversation": RealShape("rows of the Azure trace, a quarter", "natural", _azure(LIMIT)),
-    "cut": RealShape("the same, at most 24 output tokens", "cut", _azure(24)),
-    "documents": RealShape("rows of the Mooncake trace, a sixteenth", "natural", _documents),
+    "conversation": RealShape("rows of the Azure trace, an eighth", "natural", _azure(LIMIT)),
+    "cut": RealShape("the same, at most 12 output tokens", "cut", _azure(12)),
+    "documents": RealShape("rows of the Mooncake trace, a 32nd", "natural", _documents),
     "short-64": RealShape("short prompts, 64 tokens", "set", _fixed((5, 30), (64, 64))),
-    "short-mixed": RealShape("short prompts, 8 to 256 tokens", "set", _fixed((5, 30), (8, 256))),
-    "medium-32": RealShape("100 to 250 words, about 32", "set", _fixed((100, 250), (16, 48))),
-    "long-8": RealShape("300 to 500 words, 8 tokens", "set", _fixed((300, 500), (8, 8))),
-    "long-answers": RealShape("short prompts, long answers", "set", _fixed((20, 60), (300, 500))),
+    "short-mixed": RealShape("short prompts, 8 to 128 tokens", "set", _fixed((5, 30), (8, 128))),
+    "medium-32": RealShape("50 to 125 words, about 32", "set", _fixed((50, 125), (16, 48))),
+    "long-8": RealShape("150 to 250 words, 8 tokens", "set", _fixed((150, 250), (8, 8))),
+    "long-answers": RealShape("short prompts, long answers", "set", _fixed((20, 60), (150, 250))),
 }  # fmt: skip
