@@ -121,6 +121,7 @@ def test_an_unforeseen_exception_shows_nothing(
         ("app.localhost", True),
         ("evil.example", False),
         ("localhost.evil.example", False),
+        ("evillocalhost", False),
         ("127.0.0.1.evil.example", False),
         ("192.168.1.2", False),
         ("[::2]", False),

@@ -117,8 +117,12 @@ def test_a_damaged_back_up_is_refused_and_writes_nothing(
     elif harm == "manifest":
         (made / MANIFEST).write_bytes(b"{")
     else:
+        # A good copy of a file, but not in the back-up: what is taken from there is written there.
+        (made.parent / "outside").write_bytes(content)
         manifest = orjson.loads((made / MANIFEST).read_bytes())
-        manifest["files"][0]["path"] = "../../etc/passwd"
+        name = str(victim.relative_to(made))
+        (entry,) = (entry for entry in manifest["files"] if entry["path"] == name)
+        entry["path"] = "../outside"
         (made / MANIFEST).write_bytes(orjson.dumps(manifest))
     target = tmp_path / "second" / "data"
     with pytest.raises(ConfigError, match=r"damaged|not a back-up"):
