@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from batch_app.benchmarks import BenchmarkFolder
+from batch_app.copies import Copies
 from batch_app.core import BatchStatus
-from batch_app.index import DTYPE
+from batch_app.engine.base import Outcome
+from batch_app.index import DTYPE, Index
+from batch_app.inputs import InputFile
 from support.site import Site, assert_answers_echo, echo_line, engine_pid
 from support.waiting import wait_for
 
@@ -134,6 +137,19 @@ def test_equal_hashes_are_not_enough(site: Site) -> None:
     batch = site.wait_until_done(batch_id)
     assert (batch.progress.completed, batch.progress.deduplicated) == (100, 0)
     assert_answers_echo(site.results(batch_id), 100)
+
+
+def test_the_same_body_for_another_endpoint_asks_something_else(site: Site) -> None:
+    urls = ("/v1/embeddings", "/v1/embeddings", "/v1/responses")
+    lines = [{"custom_id": url[4:], "url": url, "body": {"input": "x"}} for url in urls]
+    lines[1]["custom_id"] = "again"
+    batch_id = site.submit(lines, "sim")
+    index = Index.load(site.data.work_dir(batch_id))
+    with InputFile(site.data.input_file(site.batch(batch_id).input_file_id), index) as inputs:
+        copies = Copies(index, inputs)
+        (deliveries,) = copies.of(Outcome(0, 200, b"{}"), [1, 2])
+    assert [delivery.custom_id for delivery in deliveries] == ["again"]
+    assert copies.refused == [2]
 
 
 def test_what_kills_the_engine_is_not_tried_again_for_its_equals(site: Site) -> None:
