@@ -19,9 +19,9 @@ demo: setup  ## Run a whole batch with the demo model; the last line names the r
 	@$(PYTHON_IN_VENV) -m batch_app.demo
 
 # Tests wait for processes more than they compute; see tests/support/beside.py for who runs with whom.
-PROCESSES ?= 2
+PROCESSES ?= 3
 
-test: lint  ## Run the checks of `lint`, then every test, in PROCESSES (2) beside each other
+test: lint  ## Run the checks of `lint`, then every test, in PROCESSES (3) beside each other
 	$(PYTHON_IN_VENV) -m pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
 
 lint: setup  ## Check style, types and the direction of imports

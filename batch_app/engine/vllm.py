@@ -54,6 +54,10 @@ _ENVIRONMENT = {
     "GLOO_SOCKET_IFNAME": "lo",
     # GiB. vLLM's own default takes half of a machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    # On a CPU the engine's threads hold every core, and between two operators they turn in a loop
+    # for up to a millisecond, each time, while whoever prepares requests waits for one. So many
+    # turns, and then they sleep: docs/decisions/0010-the-engine-steps-in-a-process-of-its-own.md.
+    "GOMP_SPINCOUNT": "1000",
 }
 
 

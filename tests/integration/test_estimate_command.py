@@ -79,7 +79,8 @@ def test_a_bad_file_is_told_line_by_line(folder: Path) -> None:
 
 
 def test_what_cannot_be_found_is_said(folder: Path) -> None:
-    assert "no input file" in vllm_batch(folder, "estimate", "nothing.jsonl").stderr
+    done = vllm_batch(folder, "estimate", "nothing.jsonl")
+    assert "nothing.jsonl can't be read: No such file" in done.stderr
     assert vllm_batch(folder, "estimate", "input.jsonl", "--model", "nobody").returncode == 4
     done = vllm_batch(folder, "bench", "unloadable")
     assert done.returncode == 1

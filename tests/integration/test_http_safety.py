@@ -333,7 +333,10 @@ def sent_without_end(api: Api, begin: bytes) -> bytes:
 )
 def test_headers_without_end_are_cut(api: Api, begin: bytes) -> None:
     said = sent_without_end(api, begin)
-    assert said == b"" or said.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
+    statuses = {answer[:3] for answer in said.split(b"HTTP/1.1 ")[1:]}
+    # A request whose own headers have ended may be answered before its trailer is refused.
+    early = {b"405"} if b"chunked" in begin else set()
+    assert statuses - early <= {b"431", b"400"}
     api.assert_nothing_left()
 
 
