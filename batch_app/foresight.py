@@ -23,7 +23,7 @@ from batch_app.forecast.live import LiveForecast
 from batch_app.forecast.measurement import Limits, Setting
 from batch_app.index import Index
 from batch_app.measuring import reading_of
-from batch_app.outlook import BatchForecast, Left, Outlook, combined
+from batch_app.outlook import BatchForecast, Left, Outlook, combined, range_of
 from batch_app.planner import Group
 from batch_app.registry import ModelEntry
 from batch_app.workloads import (
@@ -209,13 +209,13 @@ class Foresight:
 
 
 def _prediction(forecast: Forecast | None) -> BenchmarkPrediction | None:
-    whole = combined([forecast]) if forecast is not None else None
-    if forecast is None or whole is None:
+    if forecast is None:
         return None
+    low_s, high_s = range_of([forecast])
     return BenchmarkPrediction(
-        predicted_s=round(whole.total_s, 3),
-        low_s=round(whole.low_s, 3),
-        high_s=round(whole.high_s, 3),
+        predicted_s=round(forecast.total_s, 3),
+        low_s=round(low_s, 3),
+        high_s=round(high_s, 3),
         basis=forecast.basis,
         basis_kind=forecast.basis_kind,
     )

@@ -40,7 +40,7 @@ from batch_app.store import Store
 logger = logging.getLogger(__name__)
 
 #: To write the files of a batch; renewed for as long as that takes.
-LEASE_S, RENEW_EVERY_S = 300.0, 60.0
+LEASE_S = 300.0
 #: How long a client may repeat a request under its Idempotency-Key.
 KEYS_KEPT = timedelta(days=2)
 SWEEP_EVERY = timedelta(minutes=10)
@@ -78,7 +78,7 @@ class Housekeeping:
         if batch.status is BatchStatus.CANCELLING:
             to, unfinished = BatchStatus.CANCELLED, CANCELLED
         try:
-            with HeldLease(self.store, batch, lease_s=LEASE_S, every_s=RENEW_EVERY_S):
+            with HeldLease(self.store, batch, lease_s=LEASE_S):
                 closed = close_with_results_so_far(
                     batch,
                     unfinished,

@@ -17,14 +17,20 @@ from batch_app.store import Store
 logger = logging.getLogger(__name__)
 
 
+#: So often a lease is renewed within its time, unless its holder says otherwise.
+RENEWALS = 5
+
+
 class HeldLease:
     """Keeps it from enter to exit. Seconds."""
 
-    def __init__(self, store: Store, batch: Batch, *, lease_s: float, every_s: float) -> None:
+    def __init__(
+        self, store: Store, batch: Batch, *, lease_s: float, every_s: float | None = None
+    ) -> None:
         self._store = store
         self._batch = batch
         self._lease_s = lease_s
-        self._every_s = every_s
+        self._every_s = lease_s / RENEWALS if every_s is None else every_s
         self._lost: LeaseLost | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)

@@ -83,8 +83,8 @@ def combined(parts: Sequence[Forecast]) -> BatchForecast | None:
     run_s = sum(part.run_s for part in parts)
     load_s = sum(part.load_s for part in parts)
     total_s = run_s + load_s
-    low_s, high_s = _range(parts)
-    loaded_low_s, loaded_high_s = _range([replace(parts[0], load_s=0.0), *parts[1:]])
+    low_s, high_s = range_of(parts)
+    loaded_low_s, loaded_high_s = range_of([replace(parts[0], load_s=0.0), *parts[1:]])
     weights = [part.run_s / run_s if run_s else 1 / len(parts) for part in parts]
     kinds = ("measured", "similar", "roofline")
     return BatchForecast(
@@ -106,7 +106,7 @@ def combined(parts: Sequence[Forecast]) -> BatchForecast | None:
     )
 
 
-def _range(parts: Sequence[Forecast]) -> tuple[float, float]:
+def range_of(parts: Sequence[Forecast]) -> tuple[float, float]:
     """Four of five batches take between these, loading included."""
     total_s = below = above = 0.0
     for part in parts:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from functools import lru_cache
 
+#: How much of two names, by `difflib`, must be the same: a letter or two that are wrong, missing,
+#: too many or exchanged.
+ALIKE = 0.82
 #: What others call it.
 _ELSEWHERE = {
     "max_new_tokens": "max_tokens",
@@ -26,25 +30,12 @@ def _meant_by(key: str, known: tuple[str, ...]) -> str | None:
     if _ELSEWHERE.get(key) in known:
         return _ELSEWHERE[key]
     plain = _plain(key)
-    near = [name for name in known if _is_slip(plain, _plain(name))]
+    by_plain = {_plain(name): name for name in known}
+    near = difflib.get_close_matches(plain, by_plain, cutoff=ALIKE)
     # The first letter is seldom the wrong one.
-    return min(near, key=lambda name: name[:1] != plain[:1], default=None)
+    best = min(near, key=lambda name: name[:1] != plain[:1], default=None)
+    return None if best is None else by_plain[best]
 
 
 def _plain(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
-
-
-def _is_slip(typed: str, meant: str) -> bool:
-    """Whether one letter is missing, too many or wrong, or two are exchanged."""
-    if abs(len(typed) - len(meant)) > 1 or len(meant) < 4:
-        return typed == meant
-    same = min(len(typed), len(meant))
-    start = next((at for at in range(same) if typed[at] != meant[at]), same)
-    one, other = typed[start:], meant[start:]
-    return (
-        one[1:] == other
-        or one == other[1:]
-        or one[1:] == other[1:]
-        or (one[1::-1] == other[:2] and one[2:] == other[2:])
-    )

@@ -144,7 +144,7 @@ class Validation:
             work_dir = self.data.work_dir(batch.id)
             remove_tree(work_dir)
             move_durably(folder, work_dir)
-        with HeldLease(self.store, batch, lease_s=LEASE_S, every_s=LEASE_S / 4):
+        with HeldLease(self.store, batch, lease_s=LEASE_S):
             share_index(self.data, batch.id)
         crash_point("check-moved")
         return summary

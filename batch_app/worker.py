@@ -72,7 +72,7 @@ NICENESS = 5
 LONGEST_PAUSE_S = 60.0
 TIDY_EVERY_S, TIDY_STOP_S = 600.0, 5.0
 #: To write the files of a batch that met a defect; its keeper, which renews the lease, has ended.
-CLOSING_LEASE_S, CLOSING_BEAT_S = 300.0, 60.0
+CLOSING_LEASE_S = 300.0
 
 
 class Worker:
@@ -273,7 +273,7 @@ class Worker:
             status = self._store.renew(batch, lease_s=CLOSING_LEASE_S)
             if status is BatchStatus.CANCELLING:
                 to, unfinished = BatchStatus.CANCELLED, CANCELLED
-            with HeldLease(self._store, batch, lease_s=CLOSING_LEASE_S, every_s=CLOSING_BEAT_S):
+            with HeldLease(self._store, batch, lease_s=CLOSING_LEASE_S):
                 closed = self._close(self._store.get_batch(batch.id), unfinished)
             self._store.transition(
                 batch,

@@ -12,6 +12,7 @@ import typer
 from batch_app.cli.exit_codes import ExitCode
 from batch_app.cli.models import completed_names
 from batch_app.cli.options import Json, Models
+from batch_app.cli.problems import say_lines
 from batch_app.cli.remote import ApiKey, Server, connected
 from batch_app.cli.terminal import say, show, show_json, show_table
 from batch_app.client.source import Source
@@ -85,10 +86,7 @@ def _told_here(
     settings = load_settings(models=models, benchmarks_dir=benchmarks_dir)
     registry = ModelRegistry.load(settings.models)
     outlook = Outlook(lambda: registry, BenchmarkFolder(settings.benchmarks_dir))
-    with TemporaryDirectory() as folder, Source.of(name) as source:
-        path = Path(folder) / "input.jsonl"
-        with path.open("wb") as copy:
-            copy.writelines(source.blocks())
+    with Source.of(name) as source, source.on_disk() as path, TemporaryDirectory() as folder:
         found = DryRuns(settings, registry, outlook).of(path, Path(folder), model)
     return dry_run_body(found).model_dump()
 
@@ -135,8 +133,6 @@ def bench(
 
 def _show_table(told: Mapping[str, Any]) -> None:
     """`told`: as `POST /v1/estimate` answers."""
-    from batch_app.cli.program import say_lines
-
     say(f"{told['num_requests']:,} requests.")
     if told["num_errors"]:
         say(f"❌ {told['num_errors']:,} errors; the file would be refused.")

@@ -27,6 +27,7 @@ from batch_app.cli.inputs import (
 )
 from batch_app.cli.models import completed_names
 from batch_app.cli.options import Json, Models
+from batch_app.cli.problems import say_error
 from batch_app.cli.remote import SECTION, ApiKey, Server, connected, same_place
 from batch_app.cli.results import TABLE_SUFFIXES, ParseJson, check_target, save
 from batch_app.cli.terminal import say, show, show_json
@@ -239,8 +240,6 @@ def validate(
                     }
                 )
             else:
-                from batch_app.cli.program import say_error
-
                 say_error(refusal)
             continue
         if as_json:

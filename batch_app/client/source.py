@@ -108,14 +108,31 @@ class Source:
     @contextmanager
     def seekable(self) -> Iterator[IO[bytes]]:
         """The unpacked content, as a file that can be read in any order."""
-        with self._raw() as raw:
-            is_packed = raw.read(4).startswith((_GZIP, _ZSTD))
-            raw.seek(0)
-            if not is_packed:
+        if not self._is_packed():
+            with self._raw() as raw:
                 yield raw
-                return
+            return
         with Source.spooled(self.name, self.blocks()) as unpacked, unpacked.seekable() as file:
             yield file
+
+    @contextmanager
+    def on_disk(self) -> Iterator[Path]:
+        """Where the unpacked content lies: the file itself, or else a copy that goes again.
+
+        Raises:
+            BadRequest: it can't be read, or unpacked.
+        """
+        if self._path is not None and not self._is_packed():
+            yield self._path
+            return
+        with tempfile.NamedTemporaryFile() as copy:
+            copy.writelines(self.blocks())
+            copy.flush()
+            yield Path(copy.name)
+
+    def _is_packed(self) -> bool:
+        with self._raw() as raw:
+            return raw.read(4).startswith((_GZIP, _ZSTD))
 
     @contextmanager
     def opened(self) -> Iterator[IO[bytes]]:

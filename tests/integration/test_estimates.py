@@ -125,26 +125,8 @@ def test_prompts_are_counted_soon_after_the_batch_is_made(api: Api) -> None:
     assert sum(group["prompt_tokens"] for group in part["workload"]["groups"]) == 12
 
 
-def test_a_batch_of_the_other_dialect_is_counted_too(api: Api) -> None:
-    lines = [
-        request_line(name, body={"model": "sim", "messages": [{"role": "user", "content": "a b"}]})
-        for name in "xy"
-    ]
-    form = {"file": ("x.jsonl", b"".join(lines))}
-    file = api.call("POST", "/v1/files", files=form, data={"purpose": "batch"}).json()
-    wish = {
-        "input_file_id": file["id"],
-        "endpoint": "/v1/chat/completions",
-        "completion_window": "24h",
-    }
-    batch_id = api.call("POST", "/v1/batches", json=wish).json()["id"]
-    wait_for(lambda: api.batch(batch_id).counted_at is not None, what="its prompts are counted")
-    assert (api.batch(batch_id).workload or ())[0]["basis"] == "counted"
-
-
-def test_the_estimate_is_the_same_in_both_dialects(api: Api) -> None:
-    hello = {"model": GUIDE_MODEL, "messages": [{"role": "user", "content": "Hello."}]}
-    lines = b"".join(request_line(f"r{number}", body=hello) for number in range(20))
+def made_as_openais(api: Api, lines: bytes) -> str:
+    """The id of a batch of the other dialect."""
     form = {"file": ("x.jsonl", lines)}
     file = api.call("POST", "/v1/files", files=form, data={"purpose": "batch"}).json()
     wish = {
@@ -152,7 +134,23 @@ def test_the_estimate_is_the_same_in_both_dialects(api: Api) -> None:
         "endpoint": "/v1/chat/completions",
         "completion_window": "24h",
     }
-    theirs = api.call("POST", "/v1/batches", json=wish).json()["id"]
+    return str(api.call("POST", "/v1/batches", json=wish).json()["id"])
+
+
+def test_a_batch_of_the_other_dialect_is_counted_too(api: Api) -> None:
+    lines = [
+        request_line(name, body={"model": "sim", "messages": [{"role": "user", "content": "a b"}]})
+        for name in "xy"
+    ]
+    batch_id = made_as_openais(api, b"".join(lines))
+    wait_for(lambda: api.batch(batch_id).counted_at is not None, what="its prompts are counted")
+    assert (api.batch(batch_id).workload or ())[0]["basis"] == "counted"
+
+
+def test_the_estimate_is_the_same_in_both_dialects(api: Api) -> None:
+    hello = {"model": GUIDE_MODEL, "messages": [{"role": "user", "content": "Hello."}]}
+    lines = b"".join(request_line(f"r{number}", body=hello) for number in range(20))
+    theirs = made_as_openais(api, lines)
     wait_for(lambda: api.get(f"/v1/batches/{theirs}").json()["estimate"], what="it has an estimate")
     ours = api.submit(input_file(20)).json()["estimate"]
     estimate = api.get(f"/v1/batches/{theirs}").json()["estimate"]

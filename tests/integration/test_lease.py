@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from batch_app import closing, housekeeping, runner
+from batch_app import closing, lease, runner
 from batch_app.core import BatchStatus, utc_now
 from batch_app.errors import LeaseLost
 from batch_app.housekeeping import Housekeeping
@@ -71,7 +71,7 @@ def test_while_a_server_closes_a_batch(
     batch_id = site.submit([echo_line(number) for number in range(5)], "sim")
     site.set_row("batches", batch_id, expires_at=site.batch(batch_id).created_at)
     slow_logs(closing, batch_id)
-    monkeypatch.setattr(housekeeping, "RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr(lease, "RENEWALS", 15_000)
     registry = ModelRegistry.load(site.settings.models)
     assert Housekeeping(site.settings, site.data, site.store, registry, "server").run_once()
     assert site.batch(batch_id).status is BatchStatus.EXPIRED

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, Dialect, Progress
+from batch_app.core import Batch, BatchStatus, Progress
 from batch_app.engine.base import Outcome
-from batch_app.files import new_id
 from batch_app.keeper import Delivery, Keeper
 from batch_app.results import ResultsLog
+from support.batches import running_batch
 from support.waiting import wait_for
 
 
@@ -32,21 +31,10 @@ class ToldStore:
 @contextmanager
 def keeping(folder: Path, **settings: float) -> Iterator[tuple[Keeper, ResultsLog, ToldStore]]:
     """A keeper at work that has told once, as it does at the start."""
-    batch = Batch(
-        id=new_id("batch"),
-        dialect=Dialect.NATIVE,
-        status=BatchStatus.RUNNING,
-        endpoint="/v1/chat/completions",
-        model="m",
-        input_file_id=new_id("file"),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        total=20,
-        epoch=1,
-    )
     store, log = ToldStore(), ResultsLog(folder, 20, 1)
     keeper = Keeper(
         store=store,  # type: ignore[arg-type]
-        batch=batch,
+        batch=running_batch(20),
         log=log,
         batch_log=BatchLog(folder / "log"),
         settings=Settings(commit_interval_s=0.01, heartbeat_s=3600, lease_s=7200, **settings),

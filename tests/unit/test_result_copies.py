@@ -5,20 +5,20 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, Dialect, TokenCounts
+from batch_app.core import Batch, TokenCounts
 from batch_app.errors import ObjectsUnavailable
-from batch_app.files import DataDir, new_id
+from batch_app.files import DataDir
 from batch_app.objects import Objects
 from batch_app.result_copies import ResultCopies, fetch_results_log, results_so_far
 from batch_app.results import ResultsLog, iter_results
 from batch_app.shared_files import results_folder
+from support.batches import running_batch
 
 NUM_REQUESTS = 20
 
@@ -65,17 +65,7 @@ class Claim:
 
 @pytest.fixture
 def batch() -> Batch:
-    return Batch(
-        id=new_id("batch"),
-        dialect=Dialect.NATIVE,
-        status=BatchStatus.RUNNING,
-        endpoint="/v1/chat/completions",
-        model="m",
-        input_file_id=new_id("file"),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-        total=NUM_REQUESTS,
-        epoch=1,
-    )
+    return running_batch(NUM_REQUESTS)
 
 
 @pytest.fixture
