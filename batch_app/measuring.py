@@ -155,10 +155,9 @@ def _set_aside(
         return f"outlier: the engine died {tally.num_deaths} times"
     if prediction is not None and prediction.basis_kind == "measured":
         took_s = info.load_s + inference_s
-        if took_s > OUTLIER_FACTOR * prediction.high_s:
-            return f"outlier: it took {took_s / prediction.predicted_s:.1f} times as long"
-        if took_s < prediction.low_s / OUTLIER_FACTOR:
-            return f"outlier: it took {took_s / prediction.predicted_s:.2f} times as long"
+        low_s, high_s = prediction.low_s, prediction.high_s
+        if took_s > OUTLIER_FACTOR * high_s or took_s < low_s / OUTLIER_FACTOR:
+            return f"outlier: it took {took_s:.4g} s, not {low_s:.4g} to {high_s:.4g} s"
     return None
 
 

@@ -7,6 +7,7 @@ publishing twice writes the same files twice.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,8 @@ from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
+
+logger = logging.getLogger(__name__)
 
 
 class Runner:
@@ -444,19 +447,26 @@ class _Run:
             **({} if self._keeper.provenance is None else {"provenance": self._keeper.provenance}),
         )
         crash_point("ended")
-        to, progress = batch.status, closed.progress
+        try:
+            self._after_the_end(batch, speed, written_s=time.monotonic() - started)
+        except Exception:
+            # It has ended, and its owner has the files: nothing that follows changes that.
+            logger.exception("Batch %s has ended; what comes after that failed.", batch.id)
+
+    def _after_the_end(self, batch: Batch, speed: float | None, *, written_s: float) -> None:
+        data, to, progress = self._runner._data, batch.status, batch.progress
         self._batch_log.write(
             f"{to.value.capitalize()}: {progress.completed:,} succeeded, {progress.failed:,} "
             f"failed of {len(self._index):,}; {progress.tokens.total_tokens:,} tokens"
             + (f", {speed:,.0f} tokens/s" if speed else "")
             + (f", {progress.deduplicated:,} deduplicated" if progress.deduplicated else "")
-            + f". Files written in {time.monotonic() - started:.1f} s."
+            + f". Files written in {written_s:.1f} s."
         )
         if to in (BatchStatus.COMPLETED, BatchStatus.FAILED):
             self._write_benchmark(failed=to is BatchStatus.FAILED)
         self._copies.end()
-        share_log(runner._data, batch.id)
-        remove_work(runner._data, batch.id)
+        share_log(data, batch.id)
+        remove_work(data, batch.id)
 
     def _move(self, to: BatchStatus, **values: Any) -> Batch:
         """Change the batch's state. A wish to cancel that came just now goes first."""

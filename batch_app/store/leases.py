@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.engine import Connection
 
-from batch_app.core import Batch, BatchStatus, Choice, Progress, Waiting
+from batch_app.core import TERMINAL, Batch, BatchStatus, Choice, Progress, Waiting
 from batch_app.database import batches, wake_workers
 from batch_app.errors import LeaseLost
 from batch_app.store.batches import LEASED, change_state, get_batch
@@ -118,7 +118,7 @@ class LeaseStore(Transactions):
         `goes_on`: whatever it was paused for is over. With `at`, the progress is also noted as
         that time's, in the batch's series. `outlook`, `provenance`: as in `Batch`; None leaves
         them. Raises LeaseLost if the batch's epoch is no
-        longer this one's.
+        longer this one's, or it has ended.
         """
         values: dict[str, Any] = {"lease_s": lease_s, "heartbeats": batches.c.heartbeats + 1}
         if progress is not None:
@@ -294,7 +294,8 @@ def _fenced_update(connection: Connection, batch: Batch, values: dict[str, Any])
         update(batches)
         .where(batches.c.id == batch.id)
         .where(batches.c.epoch == batch.epoch)
+        .where(batches.c.status.not_in([status.value for status in TERMINAL]))
         .values(**values)
     )
     if result.rowcount == 0:
-        raise LeaseLost(f"Batch {batch.id} belongs to another worker by now.")
+        raise LeaseLost(f"Batch {batch.id} belongs to another worker by now, or has ended.")

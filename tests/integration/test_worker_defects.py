@@ -10,9 +10,10 @@ from typing import Any
 import orjson
 import pytest
 
-from batch_app import closing, runner
+from batch_app import closing, foresight, runner
+from batch_app.benchmarks import BenchmarkFolder, BenchmarkPrediction
 from batch_app.core import Batch, BatchStatus, utc_now
-from batch_app.errors import StorageFull
+from batch_app.errors import LeaseLost, StorageFull
 from batch_app.worker import Worker
 from support.site import Site, assert_answers_echo, echo_line
 
@@ -160,3 +161,37 @@ def test_no_room_for_the_files_is_no_end(
     work(worker)
     assert site.batch(batch_id).status is BatchStatus.COMPLETED
     assert_answers_echo(site.results(batch_id), 400)
+
+
+def test_a_defect_after_the_end_changes_nothing(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError
+
+    batch_id = site.submit((echo_line(n) for n in range(3)), "sim")
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "benchmark_of", broken)
+        work(worker)
+    batch = site.batch(batch_id)
+    assert (batch.status, batch.pause_reason) == (BatchStatus.COMPLETED, None)
+    assert_answers_echo(site.results(batch_id), 3)
+    assert "what comes after that failed" in caplog.text
+    with pytest.raises(LeaseLost):
+        site.store.renew(batch, lease_s=1.0)
+    with pytest.raises(LeaseLost):
+        site.store.release(batch, "It can't be paused any more.")
+    assert site.batch(batch_id) == batch
+
+
+def test_a_run_expected_to_take_no_time_is_measured(
+    site: Site, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny batch may be expected to take 0.000 s."""
+    nothing = BenchmarkPrediction(predicted_s=0.0, low_s=0.0, high_s=0.0)
+    monkeypatch.setattr(foresight, "_prediction", lambda _: nothing)
+    batch_id = site.submit((echo_line(n) for n in range(3)), "sim")
+    work(worker)
+    assert site.batch(batch_id).status is BatchStatus.COMPLETED
+    (record,) = BenchmarkFolder(site.settings.benchmarks_dir).all()
+    assert "not 0 to 0 s" in (record.set_aside or "")
