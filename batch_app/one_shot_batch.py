@@ -38,7 +38,7 @@ from batch_app.store import Store
 from batch_app.validation import intake_rules
 from batch_app.worker import Worker
 
-LOOK_EVERY_S = 0.25
+LOOK_EVERY_S = 0.1
 GOING_ON_OTHERWISE = "Going on with other engine arguments than before; what is answered stays.\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated, Any
 
 import typer
@@ -99,4 +100,7 @@ app.add_typer(config.app, name="config", rich_help_panel=servers.SECTION)
 
 
 def main() -> None:
-    app(prog_name="vllm-batch")
+    try:
+        app(prog_name="vllm-batch")
+    finally:
+        gc.freeze()  # the interpreter's end would look through all of it, for a quarter of a second

@@ -18,6 +18,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 if TYPE_CHECKING:
     from batch_app.engine.vllm_client import CoreClient, RequestRecord
+    from batch_app.engine.vllm_process import CoreProcess
     from batch_app.engine.vllm_serving import OpenAIApp
 
 #: Requests being rendered at a time. vLLM gives each chat template 30 s including its wait for a
@@ -70,7 +72,7 @@ def import_libraries() -> None:
     _set_environment()
 
     import batch_app.engine.vllm_client
-    import batch_app.engine.vllm_core
+    import batch_app.engine.vllm_process
     import batch_app.engine.vllm_serving  # noqa: F401
 
 
@@ -87,6 +89,7 @@ class VllmEngine(Engine):
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._core: CoreProcess | None = None
         self._client: CoreClient | None = None
         self._app: OpenAIApp | None = None
         self._queue: deque[EngineRequest] = deque()
@@ -109,7 +112,7 @@ class VllmEngine(Engine):
             raise
         except (Exception, SystemExit) as error:
             self.close()
-            raise self._explain(error) from error
+            raise _load_error(self.spec, error, self._started_with) from error
 
     def _load(self, started: float) -> EngineInfo:
         from vllm import __version__ as vllm_version
@@ -118,9 +121,10 @@ class VllmEngine(Engine):
         from vllm.usage.usage_lib import UsageContext
 
         from batch_app.engine.vllm_client import CoreClient
-        from batch_app.engine.vllm_core import start_core
+        from batch_app.engine.vllm_process import CoreProcess
         from batch_app.engine.vllm_serving import ArgumentError, OpenAIApp, serve_args
 
+        core = self._core = CoreProcess.start(partial(_load_error, self.spec))
         arguments = dict(self.spec.engine_args)
         if self.spec.revision is not None:
             arguments.setdefault("revision", self.spec.revision)
@@ -156,14 +160,15 @@ class VllmEngine(Engine):
         # The application asks nothing of the memory that holds what it is sent: leave the images
         # to the process that prepares them.
         config.parallel_config._api_process_count = 2
-        pid, line = start_core(config, context, self._explain)
+        core.configure(config, self._started_with)
         # From here on the model loads, and this process gets ready beside it.
-        self._client = CoreClient(config, pid, line)
+        client = self._client = CoreClient(config, core)
+        client.on_failure = self._wakeup.set
         OpenAIApp.prepare()
-        self._loop = asyncio.new_event_loop()
-        self._client.wait_loaded(self._loop)
-        self._client.on_failure = self._wakeup.set
-        self._app = self._loop.run_until_complete(OpenAIApp.create(self._client, args))
+        loop = self._loop = asyncio.new_event_loop()
+        self._app = loop.run_until_complete(OpenAIApp.create(client, args))
+        if not client.wait_loaded(loop):
+            self._app = loop.run_until_complete(OpenAIApp.create(client, args))
 
         blocks = config.cache_config.num_gpu_blocks
         limits = _limits(config, on_cpu)
@@ -309,6 +314,7 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         client, self._client = self._client, None
+        core, self._core = self._core, None
         loop, self._loop = self._loop, None
         self._app = None
         self._queue.clear()
@@ -317,6 +323,8 @@ class VllmEngine(Engine):
         if client is not None:
             with contextlib.suppress(OSError):
                 client.shutdown()
+        elif core is not None:
+            core.end()
         if loop is not None:
             with contextlib.suppress(Exception):
                 for task in tasks:
@@ -326,9 +334,6 @@ class VllmEngine(Engine):
                 loop.run_until_complete(loop.shutdown_asyncgens())
             with contextlib.suppress(Exception):
                 loop.close()
-
-    def _explain(self, error: BaseException) -> EngineLoadError:
-        return _load_error(self.spec, error, self._started_with)
 
 
 def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:

@@ -12,10 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
-import signal
-import socket
-import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextvars import ContextVar
@@ -28,21 +24,17 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from batch_app.engine.base import EngineStats
-from batch_app.engine.vllm_core import (
+from batch_app.engine.vllm_messages import (
     Abort,
     Add,
     CoreFailed,
-    CoreLoaded,
-    CoreLoadFailed,
     Stepped,
     ToCore,
     framed,
     unframed,
 )
-from batch_app.errors import EngineDied, EngineError, EngineLoadError
-
-_RECEIVE_BYTES = 1 << 20
-_END_S = 5.0
+from batch_app.engine.vllm_process import CoreProcess
+from batch_app.errors import EngineDied, EngineError
 
 
 class RequestRecord:
@@ -84,21 +76,19 @@ class _Waiter:
 class CoreClient(EngineClient):  # type: ignore[misc]
     """See the module. Made in the thread that runs `loop`, which stays the only one to use it."""
 
-    def __init__(self, vllm_config: Any, pid: int, line: socket.socket) -> None:
-        """`pid` and `line` as `start_core` gave them."""
+    def __init__(self, vllm_config: Any, process: CoreProcess) -> None:
+        """`process` is loading what this configuration says, and the client's from now on."""
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
-        self.input_processor: Any = None
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.io_processor = None
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self._pid: int | None = pid
-        self._socket = line
-        self._received = bytearray()
+        self._process = process
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._supported_tasks: tuple[Any, ...] = ()
+        self._supported_tasks = _likely_tasks(self.model_config)
         self._stats = EngineStats()
         self._names = itertools.count()
         self._waiters: dict[str, _Waiter] = {}
@@ -110,78 +100,43 @@ class CoreClient(EngineClient):  # type: ignore[misc]
     @property
     def pid(self) -> int | None:
         """Of the core process, until its end was seen."""
-        return self._pid
+        return self._process.pid
 
-    def wait_loaded(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Wait until the model is loaded; then serve in `loop`.
+    def wait_loaded(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Wait until the model is loaded; then serve in `loop`. Returns whether it is as it was
+        expected to be: what was made of this client before then holds.
 
         Raises:
             EngineLoadError: the core could not load the model.
             EngineDied: the core process ended.
         """
-        loaded = self._first_message()
-        if isinstance(loaded, CoreLoadFailed):
-            raise EngineLoadError(
-                loaded.message, retriable=loaded.retriable, too_large=loaded.too_large
-            )
-        assert isinstance(loaded, CoreLoaded)
+        loaded = self._process.wait_loaded()
+        as_expected = (
+            self._supported_tasks == loaded.supported_tasks
+            and self.model_config.max_model_len == loaded.max_model_len
+        )
         # As the core found or fitted them.
         self.vllm_config.cache_config.num_gpu_blocks = loaded.num_gpu_blocks
         self.model_config.max_model_len = loaded.max_model_len
-        self._supported_tasks = loaded.supported_tasks
-        self.input_processor = InputProcessor(self.vllm_config, self.renderer)
+        if not as_expected:
+            self._supported_tasks = loaded.supported_tasks
+            self.input_processor = InputProcessor(self.vllm_config, self.renderer)
         self._loop = loop
         self._transport, _ = loop.run_until_complete(
-            loop.connect_accepted_socket(lambda: _Protocol(self), self._socket)
+            loop.connect_accepted_socket(lambda: _Protocol(self), self._process.line)
         )
-
-    def _first_message(self) -> Any:
-        while True:
-            for message in unframed(self._received):
-                return message
-            data = self._socket.recv(_RECEIVE_BYTES)
-            if not data:
-                raise self._ended()
-            self._received += data
+        return as_expected
 
     def shutdown(self) -> None:
-        """End the core process. It may be in the middle of a step: it is given a little time."""
+        """End the core process."""
         self._closing = True
-        if self._transport is None:
-            self._socket.close()
-        else:
+        if self._transport is not None:
             assert self._loop is not None
             self._transport.abort()
             self._loop.run_until_complete(asyncio.sleep(0))  # it closes the socket at its next turn
         with contextlib.suppress(Exception):
             self.renderer.shutdown()
-        if self._pid is not None and self._reap(_END_S) is None:
-            os.kill(self._pid, signal.SIGKILL)
-            self._reap(_END_S)
-
-    def _reap(self, timeout_s: float) -> int | None:
-        """The core's exit code, negative for a signal; None while it lives."""
-        deadline = time.monotonic() + timeout_s
-        while self._pid is not None:
-            try:
-                pid, status = os.waitpid(self._pid, os.WNOHANG)
-            except ChildProcessError:  # somebody else reaped it
-                pid, status = self._pid, 0
-            if pid:
-                self._pid = None
-                return os.waitstatus_to_exitcode(status)
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.01)
-        return None
-
-    def _ended(self) -> EngineDied:
-        exit_code = self._reap(_END_S)
-        how = f"exit code {exit_code}"
-        if exit_code is not None and exit_code < 0:
-            with contextlib.suppress(ValueError):
-                how = f"killed by {signal.Signals(-exit_code).name}"
-        return EngineDied(f"the engine core ended ({how})", exit_code=exit_code)
+        self._process.end()
 
     # -- what the core says -----------------------------------------------------------------------
 
@@ -197,7 +152,7 @@ class CoreClient(EngineClient):  # type: ignore[misc]
 
     def core_ended(self) -> None:
         if not self._closing and self.failure is None:
-            self.fail(self._ended())
+            self.fail(self._process.ended())
 
     def fail(self, failure: EngineError) -> None:
         self.failure = failure
@@ -343,6 +298,11 @@ class _Protocol(asyncio.Protocol):
 
     def connection_lost(self, _: Exception | None) -> None:
         self._client.core_ended()
+
+
+def _likely_tasks(model_config: Any) -> tuple[str, ...]:
+    """Nearly always right, before the model itself can be asked."""
+    return ("generate",) if model_config.runner_type == "generate" else ()
 
 
 def _text_of(prompt: Any) -> str | None:

@@ -3,138 +3,66 @@
 The parent templates and tokenises requests and shapes answers (`vllm_client`); this process does
 nothing but step the engine. vLLM has such a split of its own, which sends every token of every
 step through the socket and starts its process anew. Here tokens become text where they are made,
-so that only what is finished crosses, and the fork costs no second import: the parent prepares its
-tokeniser and its application while the model loads.
-
-What crosses is pickled: the two are one program, and the worker trusts neither (`channel`).
-
-Forked, so nothing may have touched the GPU before `start_core`; vLLM keeps to that itself.
+so that only what is finished crosses, and the fork costs no second import (`vllm_process`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import pickle
 import select
 import signal
 import socket
-import struct
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import Any
 
 from batch_app.core import LimitsTried
 from batch_app.engine.base import EngineStats
-from batch_app.engine.lifeline import die_with_parent
+from batch_app.engine.vllm_messages import (
+    LENGTH,
+    RECEIVE_BYTES,
+    Abort,
+    Add,
+    Configure,
+    CoreFailed,
+    CoreLoaded,
+    CoreLoadFailed,
+    Stepped,
+    ToCore,
+    framed,
+    unframed,
+)
 from batch_app.errors import EngineLoadError
 
+#: Puts an exception into words; with the limits it was to load with, if that is known.
+Explain = Callable[[BaseException, LimitsTried | None], EngineLoadError]
+
 STATS_EVERY_S = 0.25
-_LENGTH = struct.Struct("<Q")
-_RECEIVE_BYTES = 1 << 20
 
 
-class Add(NamedTuple):
-    """Into the engine with this `EngineCoreRequest`; `key` is its `request_id`."""
+def serve_core(sock: socket.socket, explain: Explain) -> int:
+    """Load what the first message says, then step until the line ends. Returns an exit code.
 
-    key: str
-    request: Any
-    prompt_text: str | None
-
-
-class Abort(NamedTuple):
-    keys: list[str]
-
-
-class CoreLoaded(NamedTuple):
-    supported_tasks: tuple[Any, ...]
-    num_gpu_blocks: int | None
-    max_model_len: int
-
-
-class CoreLoadFailed(NamedTuple):
-    message: str
-    retriable: bool
-    too_large: LimitsTried | None
-
-
-class Stepped(NamedTuple):
-    """What became final: outputs of vLLM's by key, or the exception that a request met."""
-
-    outputs: list[tuple[str, Any]]
-    stats: EngineStats
-
-
-class CoreFailed(NamedTuple):
-    message: str
-
-
-ToCore: TypeAlias = Add | Abort
-FromCore: TypeAlias = CoreLoaded | CoreLoadFailed | Stepped | CoreFailed
-
-
-def framed(message: ToCore | FromCore | list[ToCore]) -> bytes:
-    data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(data)) + data
-
-
-def unframed(received: bytearray) -> Iterator[Any]:
-    """The whole messages at the start of `received`, which are taken from it."""
-    while len(received) >= _LENGTH.size:
-        (length,) = _LENGTH.unpack_from(received)
-        end = _LENGTH.size + length
-        if len(received) < end:
-            return
-        message = pickle.loads(memoryview(received)[_LENGTH.size : end])  # noqa: S301 - our own
-        del received[:end]
-        yield message
-
-
-def start_core(
-    vllm_config: Any, usage_context: Any, explain: Callable[[BaseException], EngineLoadError]
-) -> tuple[int, socket.socket]:
-    """Fork the core; its process id and our end of the line to it.
-
-    It loads the model and sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`. It
-    ends when the line does, or when the thread that called this ends.
+    Sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`.
     """
-    ours, theirs = socket.socketpair()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        theirs.close()
-        return pid, ours
-    exit_code = 1
-    try:
-        ours.close()
-        die_with_parent()
-        exit_code = _serve(vllm_config, usage_context, _Line(theirs), explain)
-    except BaseException:  # noqa: BLE001 - this process must never run on into the parent's code
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(exit_code)
-
-
-def _serve(
-    vllm_config: Any,
-    usage_context: Any,
-    line: _Line,
-    explain: Callable[[BaseException], EngineLoadError],
-) -> int:
     with contextlib.suppress(ValueError):  # not where a test forks from another thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line = _Line(sock)
+    wanted: Configure | None = None
     try:
-        core = _Core(vllm_config, usage_context, line)
+        _import_ahead()
+        wanted = line.receive_first()
+        if wanted is None:
+            return 0
+        core = _Core(wanted, line)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - put into words by `explain`
         traceback.print_exc()
-        failed = explain(error)
+        failed = explain(error, wanted and wanted.started_with)
         line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.too_large)))
         line.flush()
         return 1
@@ -149,17 +77,30 @@ def _serve(
     return 0
 
 
+def _import_ahead() -> None:
+    """What the engine needs beyond its configuration, while the parent makes that."""
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.llm_engine import LLMEngine  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # the configuration names another one
+        kind = "cpu" if current_platform.is_cpu() else "gpu"
+        importlib.import_module(f"vllm.v1.worker.{kind}_worker")
+
+
 class _Core:
     """The engine and what is counted of it."""
 
-    def __init__(self, vllm_config: Any, usage_context: Any, line: _Line) -> None:
+    def __init__(self, wanted: Configure, line: _Line) -> None:
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        os.environ.update(wanted.environment)
+        vllm_config = pickle.loads(wanted.config)  # noqa: S301 - our own
         self.line = line
         self.readings = StatsReading()
         self._prompt_tokens: dict[str, int] = {}  # of requests without an output so far
         engine = LLMEngine.from_vllm_config(
-            vllm_config, usage_context=usage_context, disable_log_stats=False
+            vllm_config, usage_context=UsageContext.LLM_CLASS, disable_log_stats=False
         )
         self.engine = engine
         self.vllm_config = vllm_config
@@ -206,15 +147,15 @@ class _Core:
         refused: list[tuple[str, Any]] = []
         aborted: list[str] = []
         for message in messages:
-            if isinstance(message, Abort):
+            if isinstance(message, Add):
+                try:
+                    self._add(message)
+                except Exception as error:  # noqa: BLE001 - this request's own: it gets it
+                    aborted.append(message.key)
+                    refused.append((message.key, error))
+            elif isinstance(message, Abort):
                 # After the additions: a request may be aborted before it was ever added.
                 aborted += message.keys
-                continue
-            try:
-                self._add(message)
-            except Exception as error:  # noqa: BLE001 - this request's own: it gets the exception
-                aborted.append(message.key)
-                refused.append((message.key, error))
         if aborted:
             for key in aborted:
                 self._prompt_tokens.pop(key, None)
@@ -251,7 +192,7 @@ def _framed_step(outputs: list[tuple[str, Any]], stats: EngineStats) -> bytes:
     try:
         frame = framed(Stepped(outputs, stats))
         if any(isinstance(output, Exception) for _, output in outputs):
-            pickle.loads(frame[_LENGTH.size :])  # noqa: S301 - our own: some don't come back
+            pickle.loads(frame[LENGTH.size :])  # noqa: S301 - our own: some don't come back
         return frame
     except Exception:  # noqa: BLE001 - exceptions have constructors of any kind
         plain = [
@@ -337,6 +278,13 @@ class _Line:
                 select.select((), (self._socket,), ())
                 self._send()
 
+    def receive_first(self) -> Configure | None:
+        """Wait for what to load. None when the line has ended before."""
+        for message in self.exchange(wait=True) or ():
+            if isinstance(message, Configure):
+                return message
+        return None
+
     def exchange(self, *, wait: bool) -> list[ToCore] | None:
         """What has come, after at least one message if `wait`. None when the line has ended."""
         messages: list[ToCore] = []
@@ -352,7 +300,7 @@ class _Line:
                     continue
                 return messages
             try:
-                data = self._socket.recv(_RECEIVE_BYTES)
+                data = self._socket.recv(RECEIVE_BYTES)
             except BlockingIOError:
                 continue
             except OSError:

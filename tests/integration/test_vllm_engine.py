@@ -18,12 +18,13 @@ import msgspec
 import psutil
 import pytest
 
-from batch_app.core import Endpoint
+from batch_app.core import Endpoint, EngineLimits, LimitsTried
 from batch_app.engine.base import Engine, EngineRequest, Outcome
 from batch_app.engine.host import EngineHost
 from batch_app.engine.process import engine_environment
 from batch_app.engine.vllm import VllmEngine
-from batch_app.engine.vllm_core import CoreFailed, CoreLoadFailed, start_core, unframed
+from batch_app.engine.vllm_messages import CoreFailed
+from batch_app.engine.vllm_process import CoreProcess
 from batch_app.errors import EngineDied, EngineLoadError
 from contract.engine_conformance import (
     CHAT,
@@ -387,16 +388,29 @@ def test_an_engine_that_fails_is_dead(vllm_engine: VllmEngine) -> None:
 def test_a_core_that_cannot_load_says_so_and_ends() -> None:
     asked: list[BaseException] = []
 
-    def explain(error: BaseException) -> EngineLoadError:
+    def explain(error: BaseException, started_with: LimitsTried | None) -> EngineLoadError:
         asked.append(error)
-        return EngineLoadError(f"in words: {type(error).__name__}")
+        return EngineLoadError(f"in words: {type(error).__name__}", too_large=started_with)
 
-    pid, line = start_core(None, None, explain)
-    with line, line.makefile("rb") as received:
-        (message,) = unframed(bytearray(received.read()))
-    assert message == CoreLoadFailed("in words: AttributeError", False, None)
+    limits = LimitsTried(EngineLimits(8, 512, None), "a device", "1")
+    core = CoreProcess.start(explain)
+    core.configure(None, limits)
+    with pytest.raises(EngineLoadError, match="in words: AttributeError") as failure:
+        core.wait_loaded()
+    assert failure.value.too_large == limits
     assert not asked  # there, not here
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert core.ended().exit_code == 1
+    assert core.pid is None
+    core.end()
+
+
+def test_a_core_that_is_never_told_what_to_load_ends() -> None:
+    core = CoreProcess.start(lambda error, _: EngineLoadError(str(error)))
+    assert core.pid
+    process = psutil.Process(core.pid)
+    core.end()
+    assert core.pid is None
+    assert not process.is_running()
 
 
 def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
