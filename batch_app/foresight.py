@@ -173,7 +173,8 @@ class Foresight:
         self._next_look = now_s + max(LOOK_EVERY_S, cost_s / MOST_OF_THE_TIME)
         if remaining is None:
             return None
-        return self._left_of((remaining.remaining_s, remaining.low_s, remaining.high_s))
+        left = (remaining.remaining_s, remaining.low_s, remaining.high_s)
+        return self._left_of(left, age_s=now_s - stats.at_s)
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -194,14 +195,15 @@ class Foresight:
                 found.append(forecast)
         return combined(found)
 
-    def _left_of(self, now: tuple[float, float, float] | None) -> Left:
+    def _left_of(self, now: tuple[float, float, float] | None, age_s: float = 0.0) -> Left:
+        """`age_s`: so long ago it was said."""
         remaining_s, low_s, high_s = now or (0.0, 0.0, 0.0)
         if self._later is not None:
             remaining_s += self._later.total_s
             low_s += self._later.low_s
             high_s += self._later.high_s
         return Left(
-            at=round(self._clock(), 2),
+            at=round(self._clock() - age_s, 2),
             remaining_s=round(remaining_s, 2),
             low_s=round(low_s, 2),
             high_s=round(high_s, 2),

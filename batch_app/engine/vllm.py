@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import platform
 import random
 import time
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from batch_app.core import Endpoint, EngineLimits, LimitsTried
+from batch_app.core import Endpoint, LimitsTried
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -33,9 +30,15 @@ from batch_app.engine.base import (
     ModelSpec,
     Outcome,
 )
-from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
 from batch_app.engine.usage import usage_of
-from batch_app.errors import EngineDied, EngineError, EngineLoadError
+from batch_app.engine.vllm_setup import (
+    check_source,
+    limits_of,
+    load_error,
+    make_setup,
+    set_environment,
+)
+from batch_app.errors import EngineDied, EngineError
 
 if TYPE_CHECKING:
     from batch_app.engine.vllm_client import CoreClient, RequestRecord
@@ -47,40 +50,17 @@ if TYPE_CHECKING:
 #: requests/s where `vllm_client` was measured: fewer starve the tokeniser's batching.
 MAX_RENDERING = 128
 
-_ENVIRONMENT = {
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    # torch.distributed's gloo listens even where a process is alone, and on the address of the
-    # host's name unless told otherwise.
-    "GLOO_SOCKET_IFNAME": "lo",
-    # GiB. vLLM's own default takes half of a machine's memory.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    # On a CPU the engine's threads hold every core, and between two operators they turn in a loop
-    # for up to a millisecond, each time, while whoever prepares requests waits for one. So many
-    # turns, and then they sleep: docs/decisions/0010-the-engine-steps-in-a-process-of-its-own.md.
-    "GOMP_SPINCOUNT": "1000",
-}
-
-
 #: Where vLLM names a request itself unless its body does.
 _NAMED = (Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value)
 
 
 def import_libraries() -> None:
     """What `load` imports before it reads a model, done ahead of it. Raises ImportError."""
-    _set_environment()
+    set_environment()
 
     import batch_app.engine.vllm_client
     import batch_app.engine.vllm_process
     import batch_app.engine.vllm_serving  # noqa: F401
-
-
-def _set_environment() -> None:
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    # The core is a process of its own already; vLLM's would be one more, started slowly.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 
 class VllmEngine(Engine):
@@ -97,14 +77,14 @@ class VllmEngine(Engine):
         self._rendering: set[int] = set()
         self._done: list[Outcome] = []
         self._wakeup = asyncio.Event()
-        self._started_with: LimitsTried | None = None
+        self._tried: LimitsTried | None = None
 
     # -- loading ----------------------------------------------------------------------------------
 
     def load(self) -> EngineInfo:
         started = time.monotonic()
-        _set_environment()
-        _check_source(self.spec.source)
+        set_environment()
+        check_source(self.spec.source)
         try:
             return self._load(started)
         except EngineError:
@@ -112,55 +92,17 @@ class VllmEngine(Engine):
             raise
         except (Exception, SystemExit) as error:
             self.close()
-            raise _load_error(self.spec, error, self._started_with) from error
+            raise load_error(self.spec, error, self._tried) from error
 
     def _load(self, started: float) -> EngineInfo:
-        from vllm import __version__ as vllm_version
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.usage.usage_lib import UsageContext
-
         from batch_app.engine.vllm_client import CoreClient
         from batch_app.engine.vllm_process import CoreProcess
-        from batch_app.engine.vllm_serving import ArgumentError, OpenAIApp, serve_args
+        from batch_app.engine.vllm_serving import OpenAIApp
 
-        core = self._core = CoreProcess.start(partial(_load_error, self.spec))
-        arguments = dict(self.spec.engine_args)
-        if self.spec.revision is not None:
-            arguments.setdefault("revision", self.spec.revision)
-        if self.spec.trust_remote_code:
-            arguments["trust_remote_code"] = True
-        arguments["disable_log_stats"] = False  # `stats` reads them
-        on_cpu = bool(current_platform.is_cpu())
-        device = _device_name(current_platform)
-        if on_cpu and _emulates_bfloat16():
-            arguments.setdefault("dtype", "float32")
-        lowered = lowered_for(self.spec, device, str(vllm_version))
-        if lowered is not None:
-            arguments |= _arguments_for(lowered)
-        try:
-            args = serve_args(_model_path(self.spec.source), self.spec.name, arguments)
-        except (ArgumentError, TypeError) as error:
-            raise EngineLoadError(f"model {self.spec.name!r}: {error}") from error
-
-        seqs, tokens, row = table_limits(
-            None if on_cpu else int(current_platform.get_device_total_memory()), device
-        )
-
-        class TableArgs(EngineArgs):  # type: ignore[misc]
-            @classmethod
-            def get_batch_defaults(cls, world_size: int) -> Any:
-                # As defaults, so that vLLM fits them to the model's length.
-                return {UsageContext.LLM_CLASS: tokens}, {UsageContext.LLM_CLASS: seqs}
-
-        # LLM_CLASS: the defaults of offline inference, larger than a server's.
-        context = UsageContext.LLM_CLASS
-        config = TableArgs.from_cli_args(args).create_engine_config(context)
-        self._started_with = LimitsTried(_limits(config, on_cpu), device, str(vllm_version))
-        # The application asks nothing of the memory that holds what it is sent: leave the images
-        # to the process that prepares them.
-        config.parallel_config._api_process_count = 2
-        core.configure(config, self._started_with)
+        core = self._core = CoreProcess.start(partial(load_error, self.spec))
+        setup = make_setup(self.spec)
+        config, args, self._tried = setup.config, setup.args, setup.tried
+        core.configure(config, self._tried)
         # From here on the model loads, and this process gets ready beside it.
         client = self._client = CoreClient(config, core)
         client.on_failure = self._wakeup.set
@@ -171,13 +113,14 @@ class VllmEngine(Engine):
             self._app = loop.run_until_complete(OpenAIApp.create(client, args))
 
         blocks = config.cache_config.num_gpu_blocks
-        limits = _limits(config, on_cpu)
+        # As the core found or fitted them.
+        limits = limits_of(config, setup.on_cpu)
         return EngineInfo(
             engine="vllm",
-            engine_version=str(vllm_version),
+            engine_version=setup.tried.engine_version,
             model=self.spec.name,
-            device=device,
-            device_type="cpu" if on_cpu else "gpu",
+            device=setup.tried.device,
+            device_type="cpu" if setup.on_cpu else "gpu",
             load_s=time.monotonic() - started,
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=limits.max_num_seqs,
@@ -188,7 +131,7 @@ class VllmEngine(Engine):
             enable_chunked_prefill=config.scheduler_config.enable_chunked_prefill,
             endpoints=self._app.endpoints,
             least_batched_tokens=limits.least_batched_tokens,
-            limits_source=_limits_source(self.spec.engine_args, row, lowered is not None),
+            limits_source=setup.limits_source,
         )
 
     # -- running ----------------------------------------------------------------------------------
@@ -349,112 +292,3 @@ def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Ou
         cached_tokens=record.cached_tokens,
         reasoning_tokens=tokens.reasoning_tokens,
     )
-
-
-def _model_path(source: str) -> str:
-    """`source` with its `~` expanded; hub ids pass unchanged."""
-    return str(Path(source).expanduser())
-
-
-def _check_source(source: str) -> None:
-    """Refuse at once what is plainly a path to nothing; vLLM would ask the hub about it."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "params.json").is_file():
-            raise EngineLoadError(f"{source!r} holds no model: it has no config.json")
-    elif source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
-        raise EngineLoadError(f"there is no model at {source!r}")
-
-
-def _limits(config: Any, on_cpu: bool) -> EngineLimits:
-    """What this configuration of vLLM's will run with."""
-    scheduler = config.scheduler_config
-    whole_prompts = not scheduler.enable_chunked_prefill
-    return EngineLimits(
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        gpu_memory_utilization=None if on_cpu else config.cache_config.gpu_memory_utilization,
-        least_batched_tokens=(
-            config.model_config.max_model_len if whole_prompts else LEAST_BATCHED_TOKENS
-        ),
-    )
-
-
-def _arguments_for(limits: EngineLimits) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "max_num_seqs": limits.max_num_seqs,
-        "max_num_batched_tokens": limits.max_num_batched_tokens,
-    }
-    if limits.gpu_memory_utilization is not None:
-        arguments["gpu_memory_utilization"] = limits.gpu_memory_utilization
-    return arguments
-
-
-def _limits_source(registry: Mapping[str, Any], row: str, lowered: bool) -> str:
-    if lowered:
-        return "lowered after it ran out of memory"
-    named = [name for name in ("max_num_seqs", "max_num_batched_tokens") if name in registry]
-    if len(named) == 2:
-        return "from the registry"
-    return f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
-
-
-def _load_error(
-    spec: ModelSpec, error: BaseException, started_with: LimitsTried | None
-) -> EngineLoadError:
-    """Put into words why vLLM could not load this model."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    said = " ".join(str(link) for link in chain).lower()
-    names = {type(link).__name__ for link in chain}
-    prefix = f"model {spec.name!r} could not be loaded"
-    first = f"{type(error).__name__}: {error}"[:1000]
-    if (
-        "OutOfMemoryError" in names
-        or isinstance(error, MemoryError)
-        or "out of memory" in said
-        or "free memory on device" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: out of memory ({first})", retriable=True, too_large=started_with
-        )
-    if not Path(spec.source).expanduser().is_dir() and (
-        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"}
-        or "couldn't connect" in said
-        or "not a local folder" in said
-        or "offline mode" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: there is no folder {spec.source!r}, and no such model in the hub's cache "
-            f"or on the hub ({first})"
-        )
-    return EngineLoadError(f"{prefix}: {first}")
-
-
-def _emulates_bfloat16() -> bool:
-    """Whether this processor lacks the vector instructions that bfloat16 is computed with.
-
-    Measured on one with AVX2 only: a matrix product is 12 times slower in bfloat16 than in float32,
-    and a tiny model answers 22 requests/s instead of 110.
-    """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return False
-    return "avx512f" not in flags
-
-
-def _device_name(current_platform: Any) -> str:
-    """The processor's or the GPU's own name."""
-    if current_platform.is_cpu():
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        return platform.processor() or "CPU"
-    return str(current_platform.get_device_name())

@@ -1,6 +1,6 @@
 """The same trials with the real engine and the model that ships, on this machine.
 
-Needs vLLM and a machine that does nothing else; takes some six minutes on two cores.
+Needs vLLM and a machine that does nothing else; takes some seven minutes a round on two cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from benchmarks.peer.machine import this_machine
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 CHAT = str(Endpoint.CHAT_COMPLETIONS)
 #: A benchmark and a held-out job take about so long; never more requests than this.
-BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 14.0, 6000
+BENCH_S, JOB_S, MOST_REQUESTS = 6.0, 30.0, 12_000
 NUM_BENCHMARKS = 5
 #: So few side by side that even a job of some seconds fills them many times.
 NUM_SLOTS = 32
@@ -41,13 +41,23 @@ _WARM_REQUESTS, _LEAST_REQUESTS = 32, 100
 READ_EVERY_S = 0.25
 
 
+@dataclass(frozen=True)
+class Look:
+    """What was known after so many seconds: the engine's latest word, as old as it is by then, and
+    what has finished since the look before."""
+
+    at_s: float
+    reading: Reading
+    finished: list[int]
+
+
 @dataclass
 class Ran:
     """What a job on the real engine showed."""
 
     seconds: float
     outcomes: dict[int, Outcome]
-    readings: list[tuple[Reading, list[int]]]
+    looks: list[Look]
 
 
 def trials(
@@ -111,9 +121,8 @@ def _run(engine: EngineHost, jobs: list[Asked]) -> Ran:
     window = 4 * min(info.max_num_seqs, 128)
     in_flight = 0
     outcomes: dict[int, Outcome] = {}
-    readings: list[tuple[Reading, list[int]]] = []
-    began_s = time.perf_counter()
-    readings.append((_reading(engine.stats(), info, 0.0), []))
+    began_s = time.monotonic()
+    looks = [Look(0.0, _reading(engine.stats(), info, 0.0), [])]
     next_s, fresh = READ_EVERY_S, list[int]()
     while len(outcomes) < len(jobs):
         batch = []
@@ -129,11 +138,14 @@ def _run(engine: EngineHost, jobs: list[Asked]) -> Ran:
             outcomes[outcome.number] = outcome
             fresh.append(outcome.number)
             in_flight -= 1
-        now_s = time.perf_counter() - began_s
-        if now_s >= next_s or len(outcomes) == len(jobs):
-            readings.append((_reading(engine.stats(), info, now_s), fresh))
+        now_s = time.monotonic() - began_s
+        stats = engine.stats()
+        said_s = stats.at_s - began_s
+        # Of the same word twice, the second would seem a time in which nothing was done.
+        if now_s >= next_s and said_s > looks[-1].reading.at_s:
+            looks.append(Look(now_s, _reading(stats, info, said_s), fresh))
             next_s, fresh = now_s + READ_EVERY_S, []
-    return Ran(time.perf_counter() - began_s, outcomes, readings)
+    return Ran(time.monotonic() - began_s, outcomes, looks)
 
 
 def _reading(stats: EngineStats, info: EngineInfo, at_s: float) -> Reading:
@@ -158,8 +170,8 @@ def _measurement(name: str, info: EngineInfo, jobs: list[Asked], ran: Ran) -> Me
             output_tokens=outcome.completion_tokens,
             cached_tokens=outcome.cached_tokens,
         )
-    for reading, _ in ran.readings:
-        recording.read(reading)
+    for look in ran.looks:
+        recording.read(look.reading)
     outcomes = ran.outcomes.values()
     record = record_from_run(
         batch_id=f"batch_{name}",
@@ -217,23 +229,25 @@ def _tried(
     live = LiveForecast(forecaster, workload, group_of, prompts)
     lives: list[Live] = []
     done = 0
-    for reading, finished in ran.readings:
-        for number in finished:
+    for look in ran.looks:
+        for number in look.finished:
             one = ran.outcomes[number]
             live.finish(number, one.completion_tokens, one.prompt_tokens, one.cached_tokens)
-        done += len(finished)
-        live.read(reading)
+        done += len(look.finished)
+        live.read(look.reading)
         if len(lives) < len(LOOKS) and LOOKS[len(lives)] * num <= done < num:
             left = live.remaining()
             assert left is not None
+            # Both are of what was left when the engine last said something.
+            age_s = look.at_s - look.reading.at_s
             lives.append(
                 Live(
                     done / num,
-                    ran.seconds - reading.at_s,
+                    ran.seconds - look.reading.at_s,
                     left.remaining_s,
                     left.low_s,
                     left.high_s,
-                    reading.at_s * (num - done) / done,
+                    age_s + look.at_s * (num - done) / done,
                 )
             )
     return Trial(

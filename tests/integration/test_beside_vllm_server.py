@@ -17,7 +17,8 @@ import pytest
 from batch_app.core import BatchStatus
 from batch_app.engine.base import EngineRequest
 from batch_app.engine.process import engine_environment
-from batch_app.engine.vllm import VllmEngine, _emulates_bfloat16
+from batch_app.engine.vllm import VllmEngine
+from batch_app.engine.vllm_setup import emulates_bfloat16
 from contract.engine_conformance import CHAT, collect_all
 from integration.beside_vllm import without_ids
 from integration.conftest import DEMO_MODEL
@@ -59,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         *("--served-model-name", "demo-over-there", "--host", "127.0.0.1", "--port", "0"),
         *("--max-model-len", "2048", "--enforce-eager", "--enable-auto-tool-choice"),
         *("--tool-call-parser", "hermes"),
-        *(("--dtype", "float32") if _emulates_bfloat16() else ()),
+        *(("--dtype", "float32") if emulates_bfloat16() else ()),
     ]
     environment = engine_environment(os.environ) | {
         "VLLM_CPU_KVCACHE_SPACE": "1",

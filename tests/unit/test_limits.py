@@ -20,7 +20,7 @@ from batch_app.engine.limits import (
     smaller,
     table_limits,
 )
-from batch_app.engine.vllm import _arguments_for, _limits_source, _load_error
+from batch_app.engine.vllm_setup import arguments_for, limits_source, load_error
 
 H100 = EngineLimits(1024, 16384, 0.9)
 SPEC = ModelSpec(name="m", engine="vllm", source="/m", engine_args={"max_model_len": 4096})
@@ -126,19 +126,19 @@ def test_what_cant_be_written_is_known_while_the_process_lives(tmp_path: Path) -
 def test_a_load_that_ran_out_of_memory_says_with_which_limits(
     error: Exception, out_of_memory: bool
 ) -> None:
-    told = _load_error(msgspec.structs.replace(SPEC, source="/"), error, TRIED)
+    told = load_error(msgspec.structs.replace(SPEC, source="/"), error, TRIED)
     assert told.too_large == (TRIED if out_of_memory else None)
     assert told.retriable == out_of_memory
 
 
 def test_what_vllm_is_told_and_what_the_log_says() -> None:
-    assert _arguments_for(EngineLimits(8, 512)) == {
+    assert arguments_for(EngineLimits(8, 512)) == {
         "max_num_seqs": 8,
         "max_num_batched_tokens": 512,
     }
-    assert _arguments_for(H100)["gpu_memory_utilization"] == 0.9
-    assert _limits_source({}, "no GPU", False) == "for no GPU"
-    assert "max_num_seqs from the registry" in _limits_source({"max_num_seqs": 4}, "no GPU", False)
+    assert arguments_for(H100)["gpu_memory_utilization"] == 0.9
+    assert limits_source({}, "no GPU", False) == "for no GPU"
+    assert "max_num_seqs from the registry" in limits_source({"max_num_seqs": 4}, "no GPU", False)
     both = {"max_num_seqs": 4, "max_num_batched_tokens": 512}
-    assert _limits_source(both, "no GPU", False) == "from the registry"
-    assert "memory" in _limits_source(both, "no GPU", True)
+    assert limits_source(both, "no GPU", False) == "from the registry"
+    assert "memory" in limits_source(both, "no GPU", True)
