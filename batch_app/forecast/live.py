@@ -239,8 +239,10 @@ class LiveForecast:
                 told.append((log(self._elapsed_s / done_s), sigma))
         precision = sum(sigma**-2 for _, sigma in told)
         ratio = sum(value * sigma**-2 for value, sigma in told) / precision
-        # What comes is not quite like what was.
-        return exp(ratio), (1.0 / precision + _DRIFT_SIGMA**2) ** 0.5
+        # What comes is not quite like what was; the less so, the farther runs of this machine
+        # are off what others of it say.
+        drift = cost.inflation * _DRIFT_SIGMA**2
+        return exp(ratio), (1.0 / precision + drift) ** 0.5
 
     def _observed_steps(self) -> tuple[float, float]:
         """Seconds of the steps that were seen: actual, and expected."""
