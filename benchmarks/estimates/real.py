@@ -1,6 +1,7 @@
 """The same trials with the real engine and the model that ships, on this machine.
 
-Needs vLLM and a machine that does nothing else; takes three minutes and five more a round on two cores.
+Needs vLLM and a machine that does nothing else; takes three minutes, and five more a round, on two
+cores.
 """
 
 from __future__ import annotations
