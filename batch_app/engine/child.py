@@ -100,8 +100,6 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
     threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
     if engine_name in ENGINES:
         get_ready(engine_name)
-        # A load collects garbage several times, and would look through all of it each time: 0.9 s.
-        gc.freeze()
     first = inbox.get()
     if not isinstance(first, Load):
         return 2
