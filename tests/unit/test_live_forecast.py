@@ -155,3 +155,18 @@ def test_a_new_engine_begins_its_counters_anew() -> None:
 def test_groups_must_fit_the_requests() -> None:
     with pytest.raises(ValueError, match="3 requests"):
         LiveForecast(None, workload_of(3), np.zeros(2, np.int16))
+
+
+def test_where_runs_are_off_each_other_the_range_is_wider() -> None:
+    lengths = [100] * 400
+    widths = {}
+    for name, times in (("steady", (100, 100, 100, 100)), ("shared", (70, 140, 80, 130))):
+        known = [
+            measured(output=100, limit=2000, seconds=seconds, prompt=10, name=f"{name}-{number}")
+            for number, seconds in enumerate(times)
+        ]
+        seen = followed(LiveForecast(Forecaster(HERE, known), workload_of(400)), lengths, 40)
+        widths[name] = [
+            left.high_s / left.low_s for _, done, left in seen if left and 100 < done < 300
+        ]
+    assert np.median(widths["shared"]) > 1.04 * np.median(widths["steady"])
