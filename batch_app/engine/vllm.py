@@ -98,6 +98,8 @@ class VllmEngine(Engine):
         except (Exception, SystemExit) as error:
             self.close()
             raise load_error(self.spec, error, self._tried) from error
+        finally:
+            gc.unfreeze()
 
     def _load(self, started: float) -> EngineInfo:
         from batch_app.engine.vllm_client import CoreClient

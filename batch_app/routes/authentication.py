@@ -147,7 +147,7 @@ class Authentication:
         return await run_in_threadpool(self._access.caller, token)
 
     async def _serve(self, token: str, scope: Scope, receive: Receive, send: Send) -> None:
-        cut_off = False
+        cut_off = is_events = False
 
         async def receive_while_good() -> Message:
             message = await receive()
@@ -156,7 +156,10 @@ class Authentication:
             return message
 
         async def send_while_good(message: Message) -> None:
-            nonlocal cut_off
+            nonlocal cut_off, is_events
+            if message["type"] == "http.response.start":
+                kind = Headers(raw=message["headers"]).get("content-type", "")
+                is_events = kind.startswith("text/event-stream")
             if message["type"] == "http.response.body" and message.get("more_body"):
                 try:
                     await self._require_good(token)
@@ -171,6 +174,9 @@ class Authentication:
             if not cut_off:
                 raise
             logger.info("An answer was cut off: its API key is good no more.")
+            if is_events:
+                # Between two events nothing is missing: who signs out sees no broken connection.
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _require_good(self, token: str) -> None:
         """Raises Unauthenticated. A store that does not answer ends nothing that has begun."""

@@ -492,6 +492,17 @@ def test_a_revoked_key_ends_a_download(api: Api) -> None:
     assert b"more" not in b"".join(rest)
 
 
+def test_a_revoked_key_ends_a_page_s_events_without_a_broken_connection(api: Api) -> None:
+    token = make_key(api)
+    [key] = api.store.list_keys()
+    with api.get("/events", headers=bearer(token), stream=True) as events:
+        pieces = events.iter_content(None)
+        assert next(pieces)
+        api.store.revoke_key(key.id, utc_now())
+        KeyChanges(api.data.key_changes_file).note()
+        assert b"event: end" not in b"".join(pieces)  # that would be the server's
+
+
 # -- the OpenAI SDK --------------------------------------------------------------------------------
 
 
