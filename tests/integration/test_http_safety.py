@@ -528,7 +528,10 @@ def test_the_sdk_understands_and_does_not_repeat(start_api: Callable[..., Api]) 
         assert denied.value.code == "insufficient_scope"
         assert len(sent) == 1
     with client(writer) as writes:
-        file = writes.files.create(file=("in.jsonl", request_line()), purpose="batch")
+        # It names a model: a batch that the check refuses has finished, and is in nobody's way.
+        line = json.loads(request_line())
+        line["body"]["model"] = "sim"
+        file = writes.files.create(file=("in.jsonl", json.dumps(line).encode()), purpose="batch")
         wish: Any = {
             "input_file_id": file.id,
             "endpoint": "/v1/chat/completions",
