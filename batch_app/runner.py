@@ -22,7 +22,7 @@ import numpy as np
 
 from batch_app import tracing
 from batch_app.appraisal import planning_of
-from batch_app.batch_log import BatchLog, pace_text
+from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
 from batch_app.config import Settings
@@ -53,6 +53,7 @@ from batch_app.lives import Deliver, Lives
 from batch_app.measuring import Tally, benchmark_of, reading_of
 from batch_app.outlook import Left, Outlook
 from batch_app.planner import Group, plan
+from batch_app.progress_log import ProgressLog
 from batch_app.provenance import model_revision, run_facts, with_run
 from batch_app.registry import ModelEntry, ModelRegistry
 from batch_app.result_copies import ResultCopies, fetch_results_log
@@ -207,10 +208,7 @@ class _Run:
         )
         self._lives: Lives | None = None
         self._warmup: Warmup | None = None
-        self._next_progress = 0.0
-        self._progress_tokens = 0
-        self._progress_written = 0
-        self._progress_at = 0.0
+        self._progress_log = ProgressLog(batch_log, len(index), self._settings.progress_log_s)
 
     def to_the_end(self) -> None:
         status = self._batch.status
@@ -383,24 +381,12 @@ class _Run:
         self._log_progress(num_in_flight, stats)
 
     def _log_progress(self, num_in_flight: int, stats: EngineStats) -> None:
-        """A line in the batch's log every few seconds."""
-        now = time.monotonic()
-        if now < self._next_progress:
-            return
-        tokens = self._tally.tokens.total_tokens
-        written = stats.generation_tokens_total
-        if self._next_progress:
-            done, total = self._log.progress.done, len(self._index)
-            passed_s = now - self._progress_at
-            speed = (tokens - self._progress_tokens) / passed_s
-            writing = (written - self._progress_written) / passed_s
-            self._batch_log.write(
-                f"{done:,} of {total:,} done ({100 * done / total:.1f}%), "
-                f"{self._log.progress.failed:,} failed, {num_in_flight:,} in flight, "
-                + pace_text(speed, writing)
-            )
-        self._progress_tokens, self._progress_at, self._progress_written = tokens, now, written
-        self._next_progress = now + self._settings.progress_log_s
+        self._progress_log.tell(
+            self._log.progress,
+            num_in_flight=num_in_flight,
+            tokens=self._tally.tokens.total_tokens,
+            written=stats.generation_tokens_total,
+        )
 
     # -- ending --------------------------------------------------------------------------------
 

@@ -84,7 +84,6 @@ class VllmEngine(Engine):
 
     def load(self) -> EngineInfo:
         started = time.monotonic()
-        set_environment()
         check_source(self.spec.source)
         try:
             import_libraries()

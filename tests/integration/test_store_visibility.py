@@ -13,7 +13,6 @@ import pytest
 from batch_app.core import (
     Batch,
     BatchStatus,
-    Dialect,
     FilePurpose,
     Idempotency,
     Progress,
@@ -29,6 +28,7 @@ from batch_app.keys import EVERYBODY, Caller
 from batch_app.store import Store
 from batch_app.store.samples import note_sample
 from batch_app.webhooks import Webhook, new_secret
+from support.batches import a_batch
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 ANA, BOB = Caller("ana", sees_all=False), Caller("bob", sees_all=False)
@@ -47,19 +47,8 @@ def a_file(owner: str = "ana") -> StoredFile:
     return StoredFile(new_id("file"), FilePurpose.BATCH, "a.jsonl", 10, NOW, owner=owner)
 
 
-def a_batch(file_id: str, owner: str = "ana") -> Batch:
-    return Batch(
-        id=new_id("batch"),
-        dialect=Dialect.NATIVE,
-        status=BatchStatus.QUEUED,
-        endpoint="/v1/chat/completions",
-        model="m",
-        input_file_id=file_id,
-        created_at=NOW,
-        queued_at=NOW,
-        total=1,
-        owner=owner,
-    )
+def batch_of(file_id: str, owner: str = "ana") -> Batch:
+    return a_batch(input_file_id=file_id, created_at=NOW, queued_at=NOW, owner=owner)
 
 
 class Ana:
@@ -68,7 +57,7 @@ class Ana:
     def __init__(self, store: Store) -> None:
         self.file, self.input = a_file(), a_file()
         store.add_file(self.file)
-        self.batch = store.add_batch(a_batch(self.input.id), self.input)
+        self.batch = store.add_batch(batch_of(self.input.id), self.input)
         self.upload = Upload(
             new_id("upload"),
             "u",
@@ -86,7 +75,7 @@ class Ana:
             new_id("webhook"), "https://example.org/", new_secret(), NOW, owner="ana"
         )
         store.add_webhook(self.webhook)
-        ended = store.add_batch(a_batch(self.input.id))
+        ended = store.add_batch(batch_of(self.input.id))
         store.cancel_queued(ended.id, NOW)
         (self.delivery,) = store.list_deliveries(self.webhook.id, limit=1)[0]
 
@@ -94,7 +83,7 @@ class Ana:
 def ask_of_key(store: Store, ana: Ana, who: Caller) -> Batch | None:
     """A batch that an admin retried for Ana under an idempotency key; who asks uses the same."""
     idempotency = Idempotency("run-7", "said")
-    batch = a_batch(ana.file.id)
+    batch = batch_of(ana.file.id)
     store.add_batch(batch, idempotency=idempotency, seen_by=ADMIN if who.sees_all else ANA)
     return store.batch_of_key(idempotency, seen_by=who)
 
@@ -111,7 +100,7 @@ QUESTIONS: dict[str, Question] = {
     "list_batches": lambda store, ana, who: store.list_batches(limit=9, seen_by=who)[0],
     "cancel_queued": lambda store, ana, who: store.cancel_queued(ana.batch.id, NOW, seen_by=who),
     "request_cancel": lambda store, ana, who: store.request_cancel(ana.batch.id, NOW, seen_by=who),
-    "add_batch": lambda store, ana, who: store.add_batch(a_batch(ana.file.id), seen_by=who),
+    "add_batch": lambda store, ana, who: store.add_batch(batch_of(ana.file.id), seen_by=who),
     "batch_of_key": ask_of_key,
     "get_file": lambda store, ana, who: store.get_file(ana.file.id, seen_by=who),
     "list_files": lambda store, ana, who: store.list_files(limit=9, seen_by=who)[0],
@@ -172,11 +161,11 @@ def test_the_program_itself_sees_all(store: Store) -> None:
 def test_unfinished_batches_are_counted_by_owner(store: Store) -> None:
     ana = Ana(store)
     with pytest.raises(TooMany):
-        store.add_batch(a_batch(ana.file.id), seen_by=ANA, max_unfinished=1)
+        store.add_batch(batch_of(ana.file.id), seen_by=ANA, max_unfinished=1)
     bobs = a_file("bob")
-    store.add_batch(a_batch(bobs.id, "bob"), bobs, seen_by=BOB, max_unfinished=1)
+    store.add_batch(batch_of(bobs.id, "bob"), bobs, seen_by=BOB, max_unfinished=1)
     store.cancel_queued(ana.batch.id, NOW)
-    store.add_batch(a_batch(ana.file.id), seen_by=ANA, max_unfinished=1)
+    store.add_batch(batch_of(ana.file.id), seen_by=ANA, max_unfinished=1)
     with pytest.raises(TooMany):
         store.require_room("ana", 1)
     store.require_room("ana", 0)

@@ -14,7 +14,7 @@ import pytest
 
 from batch_app import shared_files
 from batch_app.cache import evict
-from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
+from batch_app.core import Batch, FilePurpose, StoredFile, utc_now
 from batch_app.files import DataDir, new_id
 from batch_app.index import Index
 from batch_app.intake import IntakeRules, index_file
@@ -24,6 +24,7 @@ from batch_app.registry import ModelRegistry
 from batch_app.shared_files import fetch_index, fetch_input, folder_id, in_order, share_log
 from batch_app.store import Store
 from integration.api_fixtures import input_file
+from support.batches import a_batch
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
@@ -48,17 +49,8 @@ def a_file(purpose: FilePurpose = FilePurpose.BATCH) -> StoredFile:
     return StoredFile(new_id("file"), purpose, "a.jsonl", 4, LONG_AGO)
 
 
-def a_batch(file: StoredFile) -> Batch:
-    return Batch(
-        id=new_id("batch"),
-        dialect=Dialect.NATIVE,
-        status=BatchStatus.QUEUED,
-        endpoint="/v1/chat/completions",
-        model="sim",
-        input_file_id=file.id,
-        created_at=LONG_AGO,
-        total=3,
-    )
+def batch_of(file: StoredFile) -> Batch:
+    return a_batch(model="sim", input_file_id=file.id, created_at=LONG_AGO, total=3)
 
 
 def names(data: DataDir, prefix: str = "") -> set[str]:
@@ -83,7 +75,7 @@ def test_a_file_and_its_index_reach_another_machine(
     (tmp_path / "models.toml").write_text('[[model]]\nname = "sim"\nsource = "sim"\nengine = "sim"')
     file = a_file()
     here.input_file(file.id).write_bytes(input_file(50))
-    batch = a_batch(file)
+    batch = batch_of(file)
     here.work_dir(batch.id).mkdir()
     rules = IntakeRules(ModelRegistry.load(tmp_path / "models.toml"), model="sim")
     index_file(here.input_file(file.id), here.work_dir(batch.id), rules)
@@ -155,7 +147,7 @@ def test_the_sweep_removes_what_nothing_needs(
 ) -> None:
     data = machines[0]
     kept, deleted, unknown = a_file(), a_file(), a_file()
-    running, ended = a_batch(kept), a_batch(kept)
+    running, ended = batch_of(kept), batch_of(kept)
     store.add_file(deleted)
     store.add_batch(running, kept)
     store.add_batch(ended)
@@ -240,7 +232,7 @@ def test_what_the_store_lacks_is_never_evicted(machines: tuple[DataDir, DataDir]
 def test_a_file_under_two_names_goes_with_both(machines: tuple[DataDir, DataDir]) -> None:
     data = machines[0]
     output = a_file(FilePurpose.BATCH_OUTPUT)
-    batch = replace(a_batch(a_file()), output_file_id=output.id)
+    batch = replace(batch_of(a_file()), output_file_id=output.id)
     data.output_file(output.id).write_bytes(b"text")
     os.link(data.output_file(output.id), data.results_file(batch))
     shared_files.share_output(data, output.id)
