@@ -94,7 +94,10 @@ class _Core:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        from batch_app.engine import vllm_kernels
+
         os.environ.update(wanted.environment)
+        vllm_kernels.register()
         vllm_config = pickle.loads(wanted.config)  # noqa: S301 - our own
         self.line = line
         self.readings = StatsReading()

@@ -62,6 +62,7 @@ def make_setup(spec: ModelSpec) -> Setup:
     from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
 
+    from batch_app.engine import vllm_kernels
     from batch_app.engine.vllm_serving import ArgumentError, serve_args
 
     arguments = dict(spec.engine_args)
@@ -98,6 +99,8 @@ def make_setup(spec: ModelSpec) -> Setup:
     # The application asks nothing of the memory that holds what it is sent: leave the images
     # to the process that prepares them.
     config.parallel_config._api_process_count = 2
+    if vllm_kernels.register():
+        vllm_kernels.prefer(config)
     return Setup(
         args,
         config,
