@@ -331,6 +331,12 @@ class Settings(BaseSettings):
         ge=1,
         description="Requests kept in flight, as a multiple of the engine's `max_num_seqs`.",
     )
+    prepare_ahead: int = Field(
+        2048,
+        ge=0,
+        description="Requests that are rendered and tokenised while their model loads, as far as "
+        "there is time; 0: none.",
+    )
     order: Literal["prefix", "arrival"] = Field(
         "prefix",
         description="Order of a batch's requests. `prefix`: those whose prompts begin alike one "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from batch_app import tracing
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.copies import Copies
-from batch_app.engine.base import Engine, EngineInfo, Outcome
+from batch_app.engine.base import Engine, EngineInfo, EngineRequest, Outcome
 from batch_app.engine.limits import in_words, told
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import EngineDied, EngineError, EngineHung, EngineLoadError, EngineOutOfMemory
@@ -65,9 +66,14 @@ class Lives:
         copies: Copies,
         check: Check,
         stop: threading.Event,
+        first: Callable[[Numbers], Sequence[EngineRequest]] = lambda _: (),
         on_engine: Callable[[ModelEntry, EngineInfo], None] = lambda *_: None,
     ) -> None:
-        """`on_engine` is called whenever an engine is there, and nothing in flight yet."""
+        """`first`: of these numbers, what an engine is told while it loads. `on_engine` is called
+        whenever an engine is there, and nothing in flight yet."""
+        self._first = first
+        #: Until an engine didn't load: a request that it prepared may have been why.
+        self._tells_first = True
         self._on_engine = on_engine
         self._slot = slot
         self._settings = settings
@@ -133,7 +139,7 @@ class Lives:
     def _live(
         self, entry: ModelEntry, numbers: Numbers, waiting: Duplicates, *, beside: bool
     ) -> None:
-        engine, info = self._load(entry)
+        engine, info = self._load(entry, numbers if beside else numbers[:0])
         size = max(1, int(info.max_num_seqs * self._settings.window_factor))
         window = self._make_window(engine, size, self._deliver)
         started = time.monotonic()
@@ -149,15 +155,21 @@ class Lives:
         finally:
             self.inference_s += time.monotonic() - started
 
-    def _load(self, entry: ModelEntry) -> tuple[Engine, EngineInfo]:
+    def _load(self, entry: ModelEntry, numbers: Numbers) -> tuple[Engine, EngineInfo]:
+        """The engine, which is going to run these, in this order."""
         loaded = self._slot.holds(entry)
         if not loaded:
             self._batch_log.write(f"Loading {entry.name} ({entry.engine}).")
         if loaded:
             engine, info = self._slot.take(entry, self._batch_log.write)
         else:
+            first = partial(self._first, numbers) if self._tells_first else tuple
             with tracing.span("engine load", self._batch_id, model=entry.name):
-                engine, info = self._slot.take(entry, self._batch_log.write)
+                try:
+                    engine, info = self._slot.take(entry, self._batch_log.write, first)
+                except EngineError:
+                    self._tells_first = False
+                    raise
         self.info = info
         if not loaded:
             self._batch_log.write(

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 
 from batch_app import tracing
+from batch_app.ahead import first_requests
 from batch_app.appraisal import planning_of
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
@@ -289,6 +290,9 @@ class _Run:
                 copies=copies,
                 check=self._check,
                 stop=self._runner._stop,
+                first=partial(
+                    first_requests, self._index, inputs, most=self._settings.prepare_ahead
+                ),
                 on_engine=self._on_engine,
             )
             for group in groups:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import repeat
 from typing import Protocol
 
+from batch_app.ahead import engine_request
 from batch_app.copies import Copies
 from batch_app.engine.base import Engine, EngineRequest
 from batch_app.errors import EngineError
@@ -65,7 +66,6 @@ class Window:
         self._inputs = inputs
         self._waiting = Duplicates()
         self._copies = Copies(index, inputs)
-        self._endpoint_of = index.records["endpoint"]
         self._deliver = deliver
         self._check = check
         self._drain_s = drain_s
@@ -116,10 +116,10 @@ class Window:
                 number, shared = following
             else:
                 break
-            request = self._inputs.request(number)
-            self._custom_ids[number] = request.custom_id
-            endpoint = self._index.endpoints[int(self._endpoint_of[number])]
-            requests.append(EngineRequest(number, endpoint, bytes(request.body), shared))
+            self._custom_ids[number], request = engine_request(
+                self._index, self._inputs, number, shared
+            )
+            requests.append(request)
         if requests:
             self._engine.submit(requests)
 

@@ -119,8 +119,11 @@ class Engine(ABC):
     """An engine with one model. Not thread-safe; lives from `load` to `close`."""
 
     @abstractmethod
-    def load(self) -> EngineInfo:
+    def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         """Load the model; blocks, possibly for minutes.
+
+        `ahead`: what will be submitted first, in this order, that it may get ready while it loads.
+        A hint: nothing comes of them until they are submitted, and they need not be.
 
         Raises:
             EngineLoadError: the model cannot be loaded (missing, incompatible, out of memory).

@@ -21,10 +21,14 @@ _RECEIVE_BYTES = 1 << 20
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """`api_key`: for the server that has the model. It travels here and nowhere else."""
+    """`api_key`: for the server that has the model. It travels here and nowhere else.
+
+    `ahead`: as of `Engine.load`.
+    """
 
     spec: ModelSpec
     api_key: str = ""
+    ahead: list[EngineRequest] = []
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

@@ -105,7 +105,7 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
         return 2
     try:
         engine = make_engine(first.spec, first.api_key)
-        info = engine.load()
+        info = engine.load(first.ahead)
     except EngineUnavailable as error:
         channel.send(Unavailable(error.message, error.retry_after_s))
         return 1

@@ -113,12 +113,13 @@ class EngineHost(Engine):
         """Of the engine process, while there is one."""
         return self._process.pid if self._process else None
 
-    def load(self) -> EngineInfo:
+    def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         folder = self.spec.source
         if self.spec.engine == "vllm":
             folder = self.folder = local_folder(self.spec, self._start_timeout_s)
         self._start()
-        self._send(Load(msgspec.structs.replace(self.spec, source=folder), self._api_key()))
+        spec = msgspec.structs.replace(self.spec, source=folder)
+        self._send(Load(spec, self._api_key(), list(ahead)))
         deadline = time.monotonic() + self._start_timeout_s
         while True:
             message = self._next(_TICK_S)

@@ -86,7 +86,7 @@ class OpenAIEngine(Engine):
 
     # -- loading -------------------------------------------------------------------------------
 
-    def load(self) -> EngineInfo:
+    def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         """As `Engine.load`.
 
         Raises also:

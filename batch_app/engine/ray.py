@@ -87,7 +87,7 @@ class RayEngine(Engine):
 
     # -- loading -------------------------------------------------------------------------------
 
-    def load(self) -> EngineInfo:
+    def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         """As `Engine.load`.
 
         Raises also:

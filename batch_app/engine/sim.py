@@ -8,9 +8,9 @@ prompt) said back, so that a test can tell whose answer it holds.
 `prefill_token_s` and `decode_step_s` (seconds a prompt token, and an output token, take),
 `load_s`, `oom_above_seqs` (out of memory at the start with more requests side by side), and the
 faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` (it dies of a prompt
-with this word) and `memory_seqs` (for more at a time it has no memory). With `hold_after` and
-`hold_while` it stands still after so many answers, as long as this file exists: what has to happen
-in the middle of a batch does, however fast or slow the machine.
+with this word, be it told ahead while it loads) and `memory_seqs` (for more at a time it has no
+memory). With `hold_after` and `hold_while` it stands still after so many answers, as long as this
+file exists: what has to happen in the middle of a batch does, however fast or slow the machine.
 To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
@@ -79,7 +79,7 @@ class SimEngine(Engine):
         self._prompt_tokens = 0
         self._generation_tokens = 0
 
-    def load(self) -> EngineInfo:
+    def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         args = self._spec.engine_args
         unknown = sorted(set(args) - _KNOWN_ARGS)
         if unknown:
@@ -91,6 +91,8 @@ class SimEngine(Engine):
             self._max_num_seqs = lowered.max_num_seqs
         load_s = float(args.get("load_s", 0.0))
         time.sleep(load_s)
+        for request in ahead if "poison" in args else ():
+            self._answer(request)
         if self._max_num_seqs > args.get("oom_above_seqs", self._max_num_seqs):
             limits = EngineLimits(self._max_num_seqs, self._max_num_seqs * 16)
             raise EngineLoadError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +12,16 @@ import msgspec
 from batch_app.cluster import RayCluster
 from batch_app.config import Settings
 from batch_app.core import EngineLimits
-from batch_app.engine.base import EngineInfo, EngineStats, ModelSpec
+from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, ModelSpec
 from batch_app.engine.host import EngineHost
 from batch_app.engine.isolation import needs_network
 from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
 from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import EngineDied, EngineLoadError, EngineUnavailable
 from batch_app.registry import ModelEntry
+
+#: Those that prepare requests while they load a model.
+PREPARING_ENGINES = ("vllm", "sim")
 
 
 def model_spec(entry: ModelEntry) -> ModelSpec:
@@ -87,9 +90,13 @@ class EngineSlot:
         return self._entry == entry and self._host is not None
 
     def take(
-        self, entry: ModelEntry, say: Callable[[str], None] = lambda _: None
+        self,
+        entry: ModelEntry,
+        say: Callable[[str], None] = lambda _: None,
+        ahead: Callable[[], Sequence[EngineRequest]] = tuple,
     ) -> tuple[EngineHost, EngineInfo]:
-        """The engine for this model: the one that is loaded, or a fresh one in its place.
+        """The engine for this model: the one that is loaded, or a fresh one in its place, which is
+        told what comes first (`ahead`), if it can make use of that.
 
         One that runs out of memory while it loads is tried again with smaller limits, as long as
         there are any; `say` is told.
@@ -100,7 +107,9 @@ class EngineSlot:
         if self.holds(entry) and host is not None and host.info is not None:
             return host, host.info
         self.unload()
-        host, info = self._load(model_spec(entry), say)
+        spec = model_spec(entry)
+        first = ahead() if spec.engine in PREPARING_ENGINES else ()
+        host, info = self._load(spec, say, first)
         self._host, self._entry = host, entry
         return host, info
 
@@ -119,14 +128,16 @@ class EngineSlot:
             self._lowered.set(spec, replace(tried, limits=limits))
         return limits
 
-    def _load(self, spec: ModelSpec, say: Callable[[str], None]) -> tuple[EngineHost, EngineInfo]:
+    def _load(
+        self, spec: ModelSpec, say: Callable[[str], None], ahead: Sequence[EngineRequest]
+    ) -> tuple[EngineHost, EngineInfo]:
         lowered = self._lowered.get(spec)
         starts_left = MAX_SMALLER_STARTS
         while True:
             host = self._make_host(msgspec.structs.replace(spec, lowered=lowered))
             started = time.monotonic()
             try:
-                info = host.load()
+                info = host.load(ahead)
             except EngineLoadError as error:
                 self._on_load(spec.name, None)
                 tried = error.too_large

@@ -28,29 +28,32 @@ from batch_app.engine.vllm_messages import (
     Abort,
     Add,
     CoreFailed,
+    CoreLoaded,
+    CoreLoadFailed,
     Stepped,
     ToCore,
     framed,
     unframed,
 )
 from batch_app.engine.vllm_process import CoreProcess
-from batch_app.errors import EngineDied, EngineError
+from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 
 class RequestRecord:
     """What the client notes about one of our requests while its handler runs.
 
     A handler may put several prompts into the engine (a list of prompts, or of documents to score):
-    `keys` are their names there. `on_engine` is called when the first of them gets there.
+    `keys` are their names there. `on_engine` is called when the first of them gets there, or as
+    far as it may: while `held` is a list, they wait in it for `CoreClient.release`.
     """
 
-    __slots__ = ("cached_tokens", "keys", "number", "on_engine")
+    __slots__ = ("cached_tokens", "held", "keys", "on_engine")
 
-    def __init__(self, number: int, on_engine: Callable[[RequestRecord], None]) -> None:
-        self.number = number
+    def __init__(self, on_engine: Callable[[RequestRecord], None], *, held: bool = False) -> None:
         self.keys: list[str] = []
         self.cached_tokens = 0
         self.on_engine = on_engine
+        self.held: list[Add] | None = [] if held else None
 
 
 #: Set in the task of each handler; tasks that the handler starts inherit it.
@@ -88,6 +91,7 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         self._process = process
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._core_loaded: asyncio.Future[CoreLoaded] | None = None
         self._supported_tasks = _likely_tasks(self.model_config)
         self._stats = EngineStats()
         self._names = itertools.count()
@@ -102,15 +106,25 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         """Of the core process, until its end was seen."""
         return self._process.pid
 
-    def wait_loaded(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Wait until the model is loaded; then serve in `loop`. Returns whether it is as it was
-        expected to be: what was made of this client before then holds.
+    def connect(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Serve in `loop` from now on. What is sent before the core has loaded, it reads then."""
+        self._loop = loop
+        self._core_loaded = loop.create_future()
+        self._transport, _ = loop.run_until_complete(
+            loop.connect_accepted_socket(lambda: _Protocol(self), self._process.line)
+        )
+
+    async def loaded(self) -> bool:
+        """Wait until the model is loaded. Returns whether it is as it was expected to be: what was
+        made of this client before then holds.
 
         Raises:
             EngineLoadError: the core could not load the model.
             EngineDied: the core process ended.
         """
-        loaded = self._process.wait_loaded()
+        assert self._core_loaded is not None
+        loaded = await self._core_loaded
+        self._process.is_loaded = True
         as_expected = (
             self._supported_tasks == loaded.supported_tasks
             and self.model_config.max_model_len == loaded.max_model_len
@@ -121,10 +135,6 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         if not as_expected:
             self._supported_tasks = loaded.supported_tasks
             self.input_processor = InputProcessor(self.vllm_config, self.renderer)
-        self._loop = loop
-        self._transport, _ = loop.run_until_complete(
-            loop.connect_accepted_socket(lambda: _Protocol(self), self._process.line)
-        )
         return as_expected
 
     def shutdown(self) -> None:
@@ -147,6 +157,15 @@ class CoreClient(EngineClient):  # type: ignore[misc]
                 waiter = self._waiters.get(key)
                 if waiter is not None:
                     waiter.put(output)
+        elif isinstance(message, CoreLoaded):
+            if self._core_loaded is not None and not self._core_loaded.done():
+                self._core_loaded.set_result(message)
+        elif isinstance(message, CoreLoadFailed):
+            self.fail(
+                EngineLoadError(
+                    message.message, retriable=message.retriable, too_large=message.too_large
+                )
+            )
         elif isinstance(message, CoreFailed):
             self.fail(EngineDied(f"the engine failed: {message.message}"))
 
@@ -156,6 +175,8 @@ class CoreClient(EngineClient):  # type: ignore[misc]
 
     def fail(self, failure: EngineError) -> None:
         self.failure = failure
+        if self._core_loaded is not None and not self._core_loaded.done():
+            self._core_loaded.set_exception(failure)
         self.on_failure()
 
     def stats(self, *, not_in_engine: int, idle: bool) -> EngineStats:
@@ -191,7 +212,10 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         addition = self._addition(key, prompt, params, options)
         waiter = self._waiters[key] = _Waiter()
         record = current_record.get()
-        self._send(addition)
+        if record is not None and record.held is not None:
+            record.held.append(addition)
+        else:
+            self._send(addition)
         if record is not None:
             record.keys.append(key)
             record.on_engine(record)
@@ -229,6 +253,12 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         for name, value in reasoning.items():
             setattr(request, name, value)
         return Add(key, request, prompt_text)
+
+    def release(self, record: RequestRecord) -> None:
+        """Send what was held of this request, and hold nothing more of it."""
+        held, record.held = record.held, None
+        for addition in held or ():
+            self._send(addition)
 
     def abort_keys(self, keys: Collection[str]) -> None:
         """Stop these in the engine, at the next step, all in one call."""

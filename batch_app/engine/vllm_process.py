@@ -22,14 +22,10 @@ from batch_app.core import LimitsTried
 from batch_app.engine.lifeline import die_with_parent
 from batch_app.engine.vllm_core import Explain, serve_core
 from batch_app.engine.vllm_messages import (
-    RECEIVE_BYTES,
     Configure,
-    CoreLoaded,
-    CoreLoadFailed,
     framed,
-    unframed,
 )
-from batch_app.errors import EngineDied, EngineLoadError
+from batch_app.errors import EngineDied
 
 #: It may be in the middle of a step when it is to end.
 _END_S = 5.0
@@ -42,7 +38,8 @@ class CoreProcess:
         self.line = line
         self._pid: int | None = pid
         self._environment = dict(os.environ)
-        self._is_loaded = False
+        #: Once it has said so.
+        self.is_loaded = False
 
     @classmethod
     def start(cls, explain: Explain) -> CoreProcess:
@@ -88,37 +85,11 @@ class CoreProcess:
         except OSError:
             raise self.ended() from None
 
-    def wait_loaded(self) -> CoreLoaded:
-        """Wait until the model is loaded; the line is free for something else after that.
-
-        Raises:
-            EngineLoadError: it could not be loaded.
-            EngineDied: the core process ended.
-        """
-        loaded = self._first_message()
-        if isinstance(loaded, CoreLoadFailed):
-            raise EngineLoadError(
-                loaded.message, retriable=loaded.retriable, too_large=loaded.too_large
-            )
-        assert isinstance(loaded, CoreLoaded)
-        self._is_loaded = True
-        return loaded
-
-    def _first_message(self) -> Any:
-        received = bytearray()
-        while True:
-            for message in unframed(received):
-                return message
-            data = self.line.recv(RECEIVE_BYTES)
-            if not data:
-                raise self.ended()
-            received += data
-
     def end(self) -> None:
         """End it: by itself, as its line has ended, or by force. Idempotent."""
         self.line.close()
         # One that loads doesn't look at its line, and has nothing to finish.
-        if self._pid is not None and self._reap(_END_S if self._is_loaded else 0.0) is None:
+        if self._pid is not None and self._reap(_END_S if self.is_loaded else 0.0) is None:
             os.kill(self._pid, signal.SIGKILL)
             self._reap(_END_S)
 

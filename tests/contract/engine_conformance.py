@@ -215,6 +215,19 @@ class EngineLifetime:
         finally:
             engine.close()
 
+    def test_what_it_is_told_ahead_is_not_submitted(
+        self, make_engine: Callable[[], Engine]
+    ) -> None:
+        engine = make_engine()
+        try:
+            engine.load([chat(0), chat(1, "What is 1 + 1?")])
+            assert engine.collect(0.1) == []
+            other, told = run(engine, chat(0, "What is 2 + 2?"), chat(1, "What is 1 + 1?"))
+            assert (other.status_code, told.status_code) == (200, 200)
+            assert engine.collect(0) == []
+        finally:
+            engine.close()
+
     def test_close_may_come_early_twice_and_under_way(
         self, make_engine: Callable[[], Engine]
     ) -> None:

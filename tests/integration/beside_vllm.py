@@ -36,12 +36,12 @@ class Answers(msgspec.Struct):
 
 def ask_vllms_server(engine: VllmEngine, endpoint: str, body: dict[str, Any]) -> tuple[int, bytes]:
     """Status and body of its whole application, over the engine and in the loop of `engine`."""
-    app, loop = engine._app, engine._loop
-    assert app is not None
+    requests, loop = engine._requests, engine._loop
+    assert requests is not None
     assert loop is not None
 
     async def ask() -> httpx.Response:
-        transport = httpx.ASGITransport(app.asgi)
+        transport = httpx.ASGITransport(requests.app.asgi)
         async with httpx.AsyncClient(transport=transport, base_url="http://vllm") as client:
             return await client.post(endpoint, json=body, timeout=120)
 

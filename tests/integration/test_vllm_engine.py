@@ -23,7 +23,7 @@ from batch_app.engine.base import Engine, EngineRequest, Outcome
 from batch_app.engine.host import EngineHost
 from batch_app.engine.process import engine_environment
 from batch_app.engine.vllm import VllmEngine
-from batch_app.engine.vllm_messages import CoreFailed
+from batch_app.engine.vllm_messages import RECEIVE_BYTES, CoreFailed, CoreLoadFailed, unframed
 from batch_app.engine.vllm_process import CoreProcess
 from batch_app.errors import EngineDied, EngineLoadError
 from contract.engine_conformance import (
@@ -395,9 +395,11 @@ def test_a_core_that_cannot_load_says_so_and_ends() -> None:
     limits = LimitsTried(EngineLimits(8, 512, None), "a device", "1")
     core = CoreProcess.start(explain)
     core.configure(None, limits)
-    with pytest.raises(EngineLoadError, match="in words: AttributeError") as failure:
-        core.wait_loaded()
-    assert failure.value.too_large == limits
+    received = bytearray()
+    while data := core.line.recv(RECEIVE_BYTES):
+        received += data
+    (failure,) = unframed(received)
+    assert failure == CoreLoadFailed("in words: AttributeError", False, limits)
     assert not asked  # there, not here
     assert core.ended().exit_code == 1
     assert core.pid is None

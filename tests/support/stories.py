@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -22,7 +22,7 @@ from batch_app import database
 from batch_app.api_server import create_app
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus
-from batch_app.engine.base import EngineInfo, EngineStats, Outcome
+from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, Outcome
 from batch_app.engine.sim import SimEngine
 from batch_app.engine.slot import model_spec
 from batch_app.errors import StoreUnavailable
@@ -119,7 +119,10 @@ class HereSlot:
         return EngineStats()
 
     def take(
-        self, entry: ModelEntry, say: Callable[[str], None] = lambda _: None
+        self,
+        entry: ModelEntry,
+        say: Callable[[str], None] = lambda _: None,
+        ahead: Callable[[], Sequence[EngineRequest]] = tuple,
     ) -> tuple[HereEngine, EngineInfo]:
         engine = HereEngine(model_spec(entry))
         engine.answers, engine.event = self.answers, self.event
