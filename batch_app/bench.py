@@ -164,7 +164,6 @@ def _lines(entry: ModelEntry, shape: Shape, num: int) -> Iterator[bytes]:
             "prompt": " ".join(_word(dice) for _ in range(words)),
             "max_tokens": tokens,
             "ignore_eos": True,
-            # No seed: on a CPU, vLLM 0.32 dies of one whose prompt takes more than a step.
             "temperature": 1.0,
         }
         yield (

@@ -91,13 +91,16 @@ class _Core:
     """The engine and what is counted of it."""
 
     def __init__(self, wanted: Configure, line: _Line) -> None:
+        from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from batch_app.engine import vllm_kernels
+        from batch_app.engine import vllm_kernels, vllm_seeds
 
         os.environ.update(wanted.environment)
         vllm_kernels.register()
+        if current_platform.is_cpu():
+            vllm_seeds.draw_aside()
         vllm_config = pickle.loads(wanted.config)  # noqa: S301 - our own
         self.line = line
         self.readings = StatsReading()

@@ -178,6 +178,8 @@ def environment(**settings: str) -> dict[str, str]:
     values = {
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
+        # What is imported was compiled once, as on a user's machine.
+        "PYTHONDONTWRITEBYTECODE": "",
         # GiB; `num_gpu_blocks_override` takes less of it where a workload asks for less.
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_NO_USAGE_STATS": "1",
@@ -293,6 +295,7 @@ CONTENDERS: dict[str, Callable[[Job, Path], Outcome]] = {
     workloads.ARRIVAL: _ours(order="arrival"),
     workloads.SORTED: _ours_sorted,
     workloads.ALL_COMPUTED: _ours(deduplicate="false"),
+    workloads.NOT_AHEAD: _ours(prepare_ahead="0"),
     workloads.RUN_BATCH: lambda job, output: _run_batch(job, output, own_limits=True),
     workloads.RUN_BATCH_SAME: lambda job, output: _run_batch(job, output, own_limits=False),
     workloads.CHAT: lambda job, output: _llm_chat(job, output, process=False),
@@ -304,6 +307,7 @@ ABOUT = {
     workloads.ARRIVAL: "ours, in the order of the file",
     workloads.SORTED: "ours on the file sorted by prompt, in that order: the best one known",
     workloads.ALL_COMPUTED: "ours, computing duplicates too",
+    workloads.NOT_AHEAD: "ours, preparing nothing while the model loads",
     workloads.RUN_BATCH: "vLLM's run_batch with its own limits (128 / 2048)",
     workloads.RUN_BATCH_SAME: "vLLM's run_batch with the limits of ours",
     workloads.CHAT: "LLM.chat on the whole list, engine in the process, limits of ours",

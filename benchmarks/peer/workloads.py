@@ -239,7 +239,7 @@ def _long_tail_limits(num_requests: int) -> Limits:
 
 
 OURS, ARRIVAL, SORTED = "ours", "ours-arrival", "ours-sorted"
-ALL_COMPUTED = "ours-no-duplicates"
+ALL_COMPUTED, NOT_AHEAD = "ours-no-duplicates", "ours-not-ahead"
 RUN_BATCH, RUN_BATCH_SAME = "run_batch", "run_batch-same-limits"
 CHAT, CHAT_PROCESS = "llm_chat", "llm_chat-process"
 

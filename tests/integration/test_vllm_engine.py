@@ -258,6 +258,25 @@ SAME: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def test_a_seed_gives_the_same_however_many_steps_read_the_prompt(
+    vllm_engine: VllmEngine,
+) -> None:
+    """On a CPU, vLLM itself dies of it where that is more than one."""
+    assert vllm_engine._client is not None
+    at_once = vllm_engine._client.vllm_config.scheduler_config.max_num_batched_tokens
+    long = "What is 27 + 58? " * 110
+    hot = {"temperature": 2.0, "max_tokens": 8, "ignore_eos": True, "seed": 5}
+    (alone,) = run(vllm_engine, chat(0, f"Zero. {long}", **hot))
+    assert alone.prompt_tokens < at_once
+    beside = [chat(n, f"{n}. {long}", **(hot | {"seed": n})) for n in range(1, 15)]
+    outcomes = run(vllm_engine, *beside, chat(15, f"Zero. {long}", **hot))
+    assert sum(outcome.prompt_tokens for outcome in outcomes) > 2 * at_once
+    assert {outcome.status_code for outcome in outcomes} == {200}
+    assert said(outcomes[-1]) == said(alone)
+    again = run(vllm_engine, *reversed(beside))
+    assert [said(one) for one in reversed(again)] == [said(one) for one in outcomes[:-1]]
+
+
 @pytest.mark.parametrize(("endpoint", "body"), SAME)
 def test_bodies_are_those_of_vllms_own_server(
     vllm_engine: VllmEngine, endpoint: str, body: dict[str, Any]
