@@ -306,6 +306,7 @@ class _Run:
                     num_requests=len(group.numbers) + len(group.waiting),
                     next_model=partial(self._next_model, after.get(group.model)),
                     say=self._batch_log.write,
+                    stand_by=slot.stand_by,
                 )
                 self._tell(self._foresight.begin(entry, group, loads=not slot.holds(entry)))
                 lives.run(entry, group)

@@ -70,6 +70,8 @@ EXIT_AT_ONCE = 130
 #: doesn't notice, somebody who asks for its status does. A GPU's work isn't slowed by it.
 NICENESS = 5
 LONGEST_PAUSE_S = 60.0
+#: A process that stands ready for a batch which then didn't come takes memory for nothing.
+STAND_DOWN_S = 60.0
 TIDY_EVERY_S, TIDY_STOP_S = 600.0, 5.0
 #: To write the files of a batch that met a defect; its keeper, which renews the lease, has ended.
 CLOSING_LEASE_S = 300.0
@@ -151,6 +153,8 @@ class Worker:
                 idle_s = time.monotonic() - idle_since
                 if self._settings.idle_unload_s and idle_s > self._settings.idle_unload_s:
                     self._slot.unload()
+                if idle_s > STAND_DOWN_S:
+                    self._slot.stand_down()
                 self._wakeup.wait(self._settings.poll_interval_s, self._stop)
         finally:
             self._notifier.stopping()

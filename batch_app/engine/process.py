@@ -48,13 +48,14 @@ class EngineProcess:
     def __init__(self, log_path: Path, network: Network, engine: str = "") -> None:
         self.log_path = log_path
         self.network: Network = network
+        self.engine = engine
         ours, theirs = socket.socketpair()
         log_path.parent.mkdir(parents=True, exist_ok=True)
         if log_path.exists() and log_path.stat().st_size > _MAX_LOG_BYTES:
             log_path.replace(log_path.with_suffix(".log.1"))
-        #: Of the machine, before it could have been killed for its memory.
-        self.oom_kills_before = num_oom_kills()
         with log_path.open("ab") as log:
+            #: Of the machine, before it could have been killed for its memory.
+            self.oom_kills_before = num_oom_kills()
             #: Where its own output begins, in bytes.
             self.log_start = log.tell()
             self._process = subprocess.Popen(
@@ -75,6 +76,12 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def begin(self) -> None:
+        """It is told what to load now. What was logged and killed before is not its doing."""
+        self.oom_kills_before = num_oom_kills()
+        with contextlib.suppress(OSError):
+            self.log_start = self.log_path.stat().st_size
 
     def wait(self, timeout_s: float = _END_S) -> int | None:
         """Its exit code, None if it still runs after `timeout_s`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from batch_app.cluster import RayCluster
 from batch_app.config import Settings
@@ -20,6 +22,11 @@ from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import EngineDied, EngineLoadError, EngineUnavailable
 from batch_app.registry import ModelEntry
 
+#: Those whose libraries take long to import.
+IMPORTING_ENGINES = ("vllm",)
+#: What the import needs: bytes of memory, twice what vLLM's takes; and processors, so that the
+#: engine at work keeps its own. With fewer, the one would gain what the other loses.
+STAND_BY_BYTES, STAND_BY_CPUS = 2 << 30, 4
 #: Those that prepare requests while they load a model.
 PREPARING_ENGINES = ("vllm", "sim")
 
@@ -113,6 +120,28 @@ class EngineSlot:
         self._host, self._entry = host, entry
         return host, info
 
+    def stand_by(self, entry: ModelEntry) -> bool:
+        """Start the process for the engine that is loaded next, beside the one at work: it imports
+        its libraries meanwhile. Returns whether it did.
+
+        Not where one stands ready already, where there is nothing to import, or no room for it.
+        """
+        if self._ready is not None or entry.engine not in IMPORTING_ENGINES:
+            return False
+        has_room = psutil.virtual_memory().available >= STAND_BY_BYTES
+        if not has_room or len(os.sched_getaffinity(0)) < STAND_BY_CPUS:
+            return False
+        spec = model_spec(entry)
+        network = network_for(spec, self._settings)
+        self._ready = EngineProcess(self._log_path, network, spec.engine)
+        return True
+
+    def stand_down(self) -> None:
+        """End the process that stands ready, if there is one: nobody needs it for now."""
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            ready.close()
+
     def lower(self) -> EngineLimits | None:
         """Have the engine that is loaded, or just died, start with smaller limits from now on.
 
@@ -156,7 +185,12 @@ class EngineSlot:
                 return host, info
 
     def _make_host(self, spec: ModelSpec) -> EngineHost:
-        ready, self._ready = self._ready, None
+        ready = self._ready
+        if ready is not None and ready.engine not in ("", spec.engine):
+            ready = None  # it waits on, for the one that it is for
+        if ready is not None:
+            self._ready = None
+            ready.begin()
         return EngineHost(
             spec,
             log_path=self._log_path,
@@ -176,9 +210,7 @@ class EngineSlot:
     def close(self) -> None:
         """As `unload`, and end the process that stood ready."""
         self.unload()
-        ready, self._ready = self._ready, None
-        if ready is not None:
-            ready.close()
+        self.stand_down()
 
 
 def longest_start_s(spec: ModelSpec, settings: Settings) -> float:

@@ -128,6 +128,9 @@ class HereSlot:
         engine.answers, engine.event = self.answers, self.event
         return engine, engine.load()
 
+    def stand_by(self, entry: ModelEntry) -> bool:
+        return False
+
     def lower(self) -> None:
         pass
 

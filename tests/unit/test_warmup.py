@@ -14,7 +14,7 @@ from batch_app.engine import prefetch
 from batch_app.engine.prefetch import Prefetch, local_files
 from batch_app.index import DTYPE, Index
 from batch_app.registry import ModelEntry, ModelRegistry
-from batch_app.warmup import AHEAD_S, Warmup
+from batch_app.warmup import AHEAD_S, STAND_BY_S, Warmup
 
 NUM_BYTES = 4 << 20
 
@@ -107,6 +107,7 @@ class Group:
         self.next_model: str | None = None
         self.num_asked = 0
         self.said: list[str] = []
+        self.standing_by: list[tuple[float, str]] = []
         entries = [
             ModelEntry(name=name, source=str(model_folder(tmp_path / name))) for name in "abc"
         ]
@@ -118,12 +119,19 @@ class Group:
             num_requests=1000,
             next_model=self._ask,
             say=self.said.append,
+            stand_by=self._stand_by,
             clock=lambda: self.now,
         )
 
     def _ask(self) -> str | None:
         self.num_asked += 1
         return self.next_model
+
+    def _stand_by(self, entry: ModelEntry) -> bool:
+        if self.standing_by:
+            return False
+        self.standing_by.append((self.now, entry.name))
+        return True
 
     def pass_time(self, seconds: int, per_second: int) -> None:
         for _ in range(seconds):
@@ -151,12 +159,23 @@ def test_it_begins_when_the_end_is_near(group: Group) -> None:
     group.prefetch.stop()
 
 
+def test_a_process_for_the_next_engine_is_started_once_and_late(group: Group) -> None:
+    group.next_model = "b"
+    group.pass_time(499, 2)
+    [(at_s, name)] = group.standing_by
+    assert name == "b"
+    assert 500 - STAND_BY_S - 3 <= at_s <= 500 - STAND_BY_S + 3
+    assert [said for said in group.said if "engine process for b" in said]
+    group.prefetch.stop()
+
+
 @pytest.mark.parametrize("following", [None, "a", "unknown"])
 def test_nothing_to_begin_with(group: Group, following: str | None) -> None:
     group.next_model = following
     group.pass_time(10, 99)
     assert group.num_asked > 0
     assert group.said == []
+    assert group.standing_by == []
 
 
 def test_the_models_that_still_have_requests_in_the_order_of_the_file() -> None:
