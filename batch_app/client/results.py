@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
 import orjson
 
 from batch_app.client.connection import PAUSES_S, Connection
@@ -115,6 +114,8 @@ def content(
     Raises:
         ServerUnreachable: it broke again and again, or `may_go_on` is false.
     """
+    import httpx  # see `connection`
+
     received, etag, num_breaks = 0, "", 0
     while True:
         headers = {"range": f"bytes={received}-"} if received else {}
