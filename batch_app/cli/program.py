@@ -17,11 +17,13 @@ from batch_app.cli import (
     estimates,
     keys,
     models,
+    remote,
     results,
     run,
     servers,
     submit,
     watch,
+    webhooks,
 )
 from batch_app.cli.exit_codes import ExitCode, code_of
 from batch_app.cli.problems import say_error
@@ -89,6 +91,7 @@ app.add_typer(submit.app)
 app.add_typer(batches.app)
 app.add_typer(watch.app)
 app.add_typer(results.app)
+app.add_typer(webhooks.app, name="webhooks", rich_help_panel=remote.SECTION)
 app.add_typer(run.app)
 app.add_typer(estimates.app)
 app.add_typer(servers.app)

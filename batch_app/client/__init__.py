@@ -18,10 +18,12 @@ from batch_app.client.client import BatchClient
 from batch_app.client.results import Result, ResultError
 from batch_app.client.source import Source
 from batch_app.client.states import Batch, Estimate, Model, Progress, Usage
+from batch_app.client.webhooks import Delivery, Webhook
 
 __all__ = [
     "Batch",
     "BatchClient",
+    "Delivery",
     "Estimate",
     "Model",
     "Progress",
@@ -29,4 +31,5 @@ __all__ = [
     "ResultError",
     "Source",
     "Usage",
+    "Webhook",
 ]

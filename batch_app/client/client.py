@@ -18,6 +18,7 @@ from batch_app.client.form import Form
 from batch_app.client.results import Result, content, joined, lines_of, result_of
 from batch_app.client.source import Requests, Source
 from batch_app.client.states import Batch, Model, batch_of, model_of
+from batch_app.client.webhooks import Webhooks
 from batch_app.core import LineError
 from batch_app.errors import BadLines, Conflict, ServerUnreachable, StoreUnavailable
 
@@ -70,6 +71,11 @@ class BatchClient:
 
     def close(self) -> None:
         self._connection.close()
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Who is told of the end of batches."""
+        return Webhooks(self._connection)
 
     # -- making --------------------------------------------------------------------------------
 

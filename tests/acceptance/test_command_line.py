@@ -13,59 +13,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from acceptance.conftest import Running
-from batch_app.cli import app
 from batch_app.client import BatchClient
 from support.receiver import receiving
 from support.sdk import jsonl, line, lines
+from support.shell import Shell
 from support.site import ENDLESS, REPO
 from support.waiting import wait_for
 
 LONG, SHORT = "one two three four five six", "one two"
-
-
-@dataclass(frozen=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-
-@dataclass(frozen=True)
-class Shell:
-    """A person in a folder, who has named the server once."""
-
-    folder: Path
-    url: str
-
-    def __call__(self, *words: str, stdin: bytes | None = None) -> Said:
-        done = CliRunner().invoke(
-            app, list(words), input=stdin, env={"VLLM_BATCH_SERVER": self.url, "COLUMNS": "80"}
-        )
-        assert done.exception is None or isinstance(done.exception, SystemExit), done.exc_info
-        assert "Traceback" not in done.stderr
-        return Said(int(done.exit_code), done.stdout, done.stderr)
-
-    def file(self, name: str, content: bytes | list[dict[str, Any]]) -> str:
-        raw = content if isinstance(content, bytes) else jsonl(content)
-        (self.folder / name).write_bytes(raw)
-        return name
-
-    def submitted(self, requests: list[dict[str, Any]], model: str = "sim") -> str:
-        said = self("submit", self.file("sent.jsonl", requests), "--model", model, "--wait", "-q")
-        assert said.code in (0, 8), said.err
-        return said.out.strip()
 
 
 @pytest.fixture
