@@ -38,6 +38,7 @@ class State(StrEnum):
 WebhookId = Annotated[
     str, typer.Argument(metavar="WEBHOOK", help="Its id, as `webhooks list` shows it.")
 ]
+Timeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for what comes of it.")]
 
 
 @app.command()
@@ -143,9 +144,7 @@ def _answer(delivery: Delivery) -> str:
 @app.command("test")
 def send_test(
     webhook_id: WebhookId,
-    timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for what comes of it.")
-    ] = 30.0,
+    timeout: Timeout = 30.0,
     as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,
@@ -162,9 +161,7 @@ def replay(
     delivery_id: Annotated[
         str, typer.Argument(metavar="DELIVERY", help="As `webhooks deliveries` shows it.")
     ],
-    timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for what comes of it.")
-    ] = 30.0,
+    timeout: Timeout = 30.0,
     as_json: Json = False,
     server: Server = None,
     api_key: ApiKey = None,
