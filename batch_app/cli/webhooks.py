@@ -14,6 +14,7 @@ from batch_app.cli.remote import ApiKey, Server, connected, same_place
 from batch_app.cli.terminal import say, show, show_json, show_table
 from batch_app.client.webhooks import Delivery, Webhook, Webhooks
 from batch_app.errors import BatchAppError
+from batch_app.webhooks import DeliveryState
 
 app = typer.Typer(
     help="Have the end of batches announced, and see what arrived.", no_args_is_help=True
@@ -27,12 +28,6 @@ class Event(StrEnum):
     FAILED = "batch.failed"
     EXPIRED = "batch.expired"
     CANCELLED = "batch.cancelled"
-
-
-class State(StrEnum):
-    PENDING = "pending"
-    DELIVERED = "delivered"
-    FAILED = "failed"
 
 
 WebhookId = Annotated[
@@ -105,7 +100,7 @@ def _row(webhook: Webhook) -> tuple[str, ...]:
 def deliveries(
     webhook_id: WebhookId,
     state: Annotated[
-        State | None, typer.Option(help="Only those of this state.", show_default="all")
+        DeliveryState | None, typer.Option(help="Only those of this state.", show_default="all")
     ] = None,
     as_json: Json = False,
     server: Server = None,
@@ -193,7 +188,7 @@ def _settled(webhooks: Webhooks, sent: Delivery, timeout_s: float) -> Delivery:
         now = next((one for one in found if one.id == sent.id), sent)
         # It counts an attempt as it begins, and says when the next one is due as it ends.
         is_due_anew = now.attempts > 0 and now.next_attempt_at != sent.next_attempt_at
-        if now.state != "pending" or is_due_anew or time.monotonic() > deadline:
+        if now.state != DeliveryState.PENDING or is_due_anew or time.monotonic() > deadline:
             return now
         time.sleep(LOOK_EVERY_S)
 
@@ -202,7 +197,7 @@ def _tell(delivery: Delivery, *, as_json: bool) -> None:
     """Raises BatchAppError where it did not arrive."""
     if as_json:
         show_json(delivery.raw)
-    if delivery.state != "delivered":
+    if delivery.state != DeliveryState.DELIVERED:
         what = _answer(delivery) or "there was no attempt so far"
         raise BatchAppError(f"Event {delivery.id} did not arrive: {what}.")
     say(f"Event {delivery.id} arrived: the receiver answered {delivery.status_code}.")

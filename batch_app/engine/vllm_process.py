@@ -21,10 +21,7 @@ from typing import Any
 from batch_app.core import LimitsTried
 from batch_app.engine.lifeline import die_with_parent
 from batch_app.engine.vllm_core import Explain, serve_core
-from batch_app.engine.vllm_messages import (
-    Configure,
-    framed,
-)
+from batch_app.engine.vllm_messages import Configure, framed
 from batch_app.errors import EngineDied
 
 #: It may be in the middle of a step when it is to end.

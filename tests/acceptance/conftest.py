@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import browser
+from support.receiver import Receiver, receiving
 from support.sdk import Sdk
+from support.shell import Shell
 from support.site import Site
 
 
@@ -77,3 +80,17 @@ def idle_sdk(waiting: Running) -> Iterator[Sdk]:
     client = Sdk(waiting.url)
     yield client
     client.close()
+
+
+@pytest.fixture
+def shell(working: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
+    """A person who has named the server with a worker."""
+    monkeypatch.chdir(tmp_path)
+    return Shell(tmp_path, working.url)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """A receiver of webhooks on this machine, which the servers may reach."""
+    with receiving() as receiver:
+        yield receiver

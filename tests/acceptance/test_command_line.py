@@ -29,12 +29,6 @@ LONG, SHORT = "one two three four five six", "one two"
 
 
 @pytest.fixture
-def shell(working: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
-    monkeypatch.chdir(tmp_path)
-    return Shell(tmp_path, working.url)
-
-
-@pytest.fixture
 def idle(waiting: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shell:
     monkeypatch.chdir(tmp_path)
     return Shell(tmp_path, waiting.url)

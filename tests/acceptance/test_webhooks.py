@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,10 @@ import pytest
 from openai import OpenAI
 
 from acceptance.conftest import Running
-from support.receiver import Call, Receiver, receiving
+from support.receiver import Call, Receiver
 from support.sdk import Sdk, busy_worker, jsonl, line, lines
 from support.site import Site, echo_line
 from support.waiting import wait_for
-
-
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    with receiving() as receiver:
-        yield receiver
 
 
 def unwrapped(call: Call, secret: str) -> tuple[str, str]:
