@@ -16,12 +16,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-#: There while the kernel part of the driver is loaded. WSL2 has another one, /dev/dxg, which is
-#: there on machines without an NVIDIA GPU too.
-KERNEL_DRIVER_FILES = (
-    "/dev/nvidiactl",
-    "/proc/driver/nvidia/version",
-)
+#: There while the kernel part of the driver is loaded.
+KERNEL_DRIVER_FILES = ("/dev/nvidiactl", "/proc/driver/nvidia/version")
+#: On WSL2 there are both of these instead; the device alone is there for other makers' GPUs too.
+WSL_DRIVER_FILES = ("/dev/dxg", "/usr/lib/wsl/lib/libnvidia-ml.so.1")
+#: By CUDA's major version; tools/setup_env.sh has the one of the CUDA that it installs.
+OLDEST_DRIVERS = {"12": 525, "13": 580}
 _PCI_DEVICES = "/sys/bus/pci/devices"
 _NVIDIA, _DISPLAY = "0x10de", "0x03"
 _INDEX = re.compile(r"\+?\d+")
@@ -84,15 +84,16 @@ class Sensors:
     power_watts: float | None
 
 
-def list_gpus() -> tuple[Gpu, ...]:
+def list_gpus(environ: Mapping[str, str] | None = None) -> tuple[Gpu, ...]:
     """List the GPUs that a CUDA program started now would see, in its order.
 
-    Follows CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER. A program sees one MIG slice at most, and
-    no whole GPU beside it. Empty if there is none or NVML can't be asked (`why_unavailable`).
+    Follows CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER of `environ`, by default this process's. A
+    program sees one MIG slice at most, and no whole GPU beside it. Empty if there is none or NVML
+    can't be asked (`why_unavailable`).
     """
     try:
         with _session() as nvml:
-            return _visible(_devices(nvml), os.environ)
+            return _visible(_devices(nvml), os.environ if environ is None else environ)
     except _UnavailableError:
         return ()
 
@@ -135,6 +136,30 @@ def driver_version() -> str | None:
         return None
 
 
+def oldest_driver(cuda: str) -> int | None:
+    """Return the first release of the driver that runs this CUDA version, `13.0`."""
+    return OLDEST_DRIVERS.get(cuda.partition(".")[0])
+
+
+def driver_supports(cuda: str) -> bool | None:
+    """Whether the driver runs programs built for this CUDA version; None if that isn't known.
+
+    An older driver does where NVIDIA's forward-compatibility libraries are installed: the driver's
+    libcuda then says that it has the newer CUDA.
+    """
+    oldest = oldest_driver(cuda)
+    try:
+        with _session() as nvml:
+            driver = _driver(nvml)
+            provided = _ask(nvml, nvml.nvmlSystemGetCudaDriverVersion_v2) or 0
+    except _UnavailableError:
+        return None
+    release = (driver or "").partition(".")[0]
+    if oldest is None or not release.isdecimal():
+        return None
+    return int(release) >= oldest or provided // 1000 >= int(cuda.partition(".")[0])
+
+
 def why_unavailable() -> NvmlProblem | None:
     """Return why NVML can't be asked; None if it can."""
     try:
@@ -159,7 +184,9 @@ def keep_open() -> bool:
 
 def kernel_driver_is_loaded() -> bool:
     """Whether the kernel part of NVIDIA's driver is loaded, even if NVML can't be asked."""
-    return any(Path(name).exists() for name in KERNEL_DRIVER_FILES)
+    return any(Path(name).exists() for name in KERNEL_DRIVER_FILES) or all(
+        Path(name).exists() for name in WSL_DRIVER_FILES
+    )
 
 
 def has_nvidia_card() -> bool:

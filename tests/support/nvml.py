@@ -57,6 +57,7 @@ def mig_slice(uuid: str, name: str = "NVIDIA H200 MIG 1g.18gb", total: int = 16 
 class FakeNvml:
     cards: Sequence[Card] = ()
     driver: str = "580.95.05"
+    cuda: int | None = 13000
     init_error: int | None = None
     initialised: int = field(default=0, init=False)
     initialisations: int = field(default=0, init=False)
@@ -79,6 +80,9 @@ class FakeNvml:
     def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
         self._check()
         return self.driver
+
+    def nvmlSystemGetCudaDriverVersion_v2(self) -> int:  # noqa: N802
+        return self._said(self.cuda)
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         self._check()

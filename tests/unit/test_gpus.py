@@ -172,6 +172,7 @@ def test_says_why_nvml_cant_be_asked(
     if is_loaded:
         device.touch()
     monkeypatch.setattr(gpus, "KERNEL_DRIVER_FILES", (str(device),))
+    monkeypatch.setattr(gpus, "WSL_DRIVER_FILES", (str(tmp_path / "dxg"),))
     problem = gpus.why_unavailable()
     assert problem is not None
     assert problem.fault is fault
@@ -180,6 +181,18 @@ def test_says_why_nvml_cant_be_asked(
     assert gpus.driver_version() is None
     assert gpus.memory(Gpu(0, A, "x", GIB, None)) is None
     assert not gpus.keep_open()
+
+
+def test_on_wsl_the_driver_is_a_device_and_a_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device, library = tmp_path / "dxg", tmp_path / "libnvidia-ml.so.1"
+    monkeypatch.setattr(gpus, "KERNEL_DRIVER_FILES", (str(tmp_path / "nvidiactl"),))
+    monkeypatch.setattr(gpus, "WSL_DRIVER_FILES", (str(device), str(library)))
+    device.touch()
+    assert not gpus.kernel_driver_is_loaded()
+    library.touch()
+    assert gpus.kernel_driver_is_loaded()
 
 
 def test_says_that_pynvml_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
