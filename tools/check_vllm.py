@@ -24,9 +24,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 
-from batch_app.engine.vllm_flags import flags_in  # noqa: E402 - found through the line above
 from vllm_contract import Result, State, check  # noqa: E402
 from vllm_source import Source  # noqa: E402
+
+from batch_app.engine.vllm_flags import flags_in  # noqa: E402 - found through the line above
 
 PAGE = ROOT / "docs" / "vllm_versions.md"
 CACHE = Path("~/.cache/vllm-batch/vllm-sources").expanduser()
@@ -79,9 +80,7 @@ def download(version: str, cache: Path) -> Path:
         unpacked = Path(scratch) / "unpacked"
         with zipfile.ZipFile(wheel) as archive:
             wanted = [
-                name
-                for name in archive.namelist()
-                if name.endswith(".py") or ".dist-info/" in name
+                name for name in archive.namelist() if name.endswith(".py") or ".dist-info/" in name
             ]
             archive.extractall(unpacked, wanted)
         unpacked.rename(folder)
@@ -139,9 +138,12 @@ def table(releases: Sequence[Release]) -> str:
     ]
     for owner in owners:
         cells = [_cell(column.get(owner, [])) for column in columns]
-        # A place that does not change is told once.
-        told = [cell if cell != before else '"' for before, cell in zip(["", *cells], cells, strict=False)]
-        lines.append(f"| {_code(owner)} | " + " | ".join(told) + " |")
+        # A place that stays the same is written once.
+        row = [
+            '"' if number and cell == cells[number - 1] else cell
+            for number, cell in enumerate(cells)
+        ]
+        lines.append(f"| {_code(owner)} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 

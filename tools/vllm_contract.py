@@ -7,6 +7,15 @@ from collections.abc import Iterator
 from enum import Enum
 from typing import NamedTuple
 
+from vllm_source import (
+    Definition,
+    Function,
+    Source,
+    is_property,
+    method_signature,
+    why_not_callable,
+)
+
 from batch_app.engine.vllm_symbols import (
     CLIENT_NOT_OFFERED,
     ENVIRONMENT,
@@ -16,14 +25,6 @@ from batch_app.engine.vllm_symbols import (
     Symbol,
     Use,
     parse_use,
-)
-from vllm_source import (
-    Definition,
-    Function,
-    Source,
-    is_property,
-    method_signature,
-    why_not_callable,
 )
 
 #: The class of what we replace methods of -> the module or package of vLLM's that calls them, and
@@ -165,9 +166,12 @@ def _check_routes(source: Source) -> Iterator[Result]:
                 for decorator in node.decorator_list:
                     if route := _posted_to(decorator):
                         functions.setdefault(route, []).append(node)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if isinstance(node.value, ast.Name) and node.value.id == "state":
-                    assigned.add(node.attr)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and _last_name(node.value) == "state"
+            ):
+                assigned.add(node.attr)
     for endpoint, (route, handlers) in ROUTES.items():
         label = f"POST {route} ({endpoint.value})"
         takers = functions.get(route)

@@ -43,9 +43,7 @@ class Source:
         """Where `name` of `module` is defined, through any number of re-exports."""
         return self._find(module, name, frozenset())
 
-    def _find(
-        self, module: str, name: str, seen: frozenset[tuple[str, str]]
-    ) -> Definition | None:
+    def _find(self, module: str, name: str, seen: frozenset[tuple[str, str]]) -> Definition | None:
         tree = self.module(module)
         if tree is None or (module, name) in seen:
             return None
@@ -102,10 +100,9 @@ class Source:
         """The base classes that vLLM itself defines."""
         assert isinstance(owner.node, ast.ClassDef)
         for base in owner.node.bases:
-            if isinstance(base, ast.Subscript):
-                base = base.value
-            if isinstance(base, ast.Name):
-                found = self.find(owner.module, base.id)
+            plain = base.value if isinstance(base, ast.Subscript) else base
+            if isinstance(plain, ast.Name):
+                found = self.find(owner.module, plain.id)
                 if found is not None and isinstance(found.node, ast.ClassDef):
                     yield found
 

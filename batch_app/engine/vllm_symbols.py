@@ -46,7 +46,7 @@ _SERVE_ARGUMENTS = (
 _RUN_BATCH = ("vllm.entrypoints.launchers.run_batch", "vllm.entrypoints.openai.run_batch")
 
 SYMBOLS: tuple[Symbol, ...] = (
-    # -- arguments and configuration (vllm_setup, vllm_serving, vllm_flags) ------------------------
+    # -- arguments and configuration (vllm_setup, vllm_serving, vllm_flags) -----------------------
     Symbol("__version__", ("vllm",)),
     Symbol("FlexibleArgumentParser()", ("vllm.utils.argparse_utils",)),
     Symbol("make_arg_parser(_)", _SERVE_ARGUMENTS),
@@ -110,7 +110,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("KernelConfig", ("vllm.config.kernel",), ("ir_op_priority: IrOpPriorityConfig",)),
     Symbol("IrOpPriorityConfig", ("vllm.config.kernel",), ("rms_norm", "fused_add_rms_norm")),
     Symbol("maybe_register_config_serialize_by_value()", ("vllm.transformers_utils.config",)),
-    # -- the platform. Its `__getattr__` answers None to unknown names instead of raising -----------
+    # -- the platform, which answers None to names that it does not have --------------------------
     Symbol("current_platform: Platform", ("vllm.platforms",)),
     Symbol(
         "Platform",
@@ -233,13 +233,15 @@ SYMBOLS: tuple[Symbol, ...] = (
         "InputProcessor(_, _)",
         ("vllm.v1.engine.input_processor",),
         (
-            "process_inputs(_, _, _, supported_tasks=_, lora_request=_, tokenization_kwargs=_, "
-            "trace_headers=_, priority=_) -> EngineCoreRequest",
+            (
+                "process_inputs(_, _, _, supported_tasks=_, lora_request=_, tokenization_kwargs=_, "
+                "trace_headers=_, priority=_) -> EngineCoreRequest"
+            ),
             "assign_request_id(_)",
             "def assign_request_id(request)",
         ),
     ),
-    # -- vLLM's OpenAI application (vllm_serving) ---------------------------------------------------
+    # -- vLLM's OpenAI application (vllm_serving) -------------------------------------------------
     Symbol(
         "build_app(_, _, _)",
         ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
@@ -252,8 +254,8 @@ SYMBOLS: tuple[Symbol, ...] = (
             "vllm.entrypoints.openai.api_server",
         ),
     ),
-    # -- kernels and seeds on a CPU (vllm_kernels, vllm_seeds) --------------------------------------
-    Symbol("ir", ("vllm",)),
+    # -- kernels and seeds on a CPU (vllm_kernels, vllm_seeds) ------------------------------------
+    Symbol("ir", ("vllm",), ("ops: ops",)),
     Symbol("ops", ("vllm.ir",)),
     Symbol("rms_norm: IrOp", ("vllm.ir.ops",)),
     Symbol("fused_add_rms_norm: IrOp", ("vllm.ir.ops",)),
@@ -274,11 +276,9 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     Symbol("InputBatch", ("vllm.v1.worker.gpu_input_batch",), ("generators", "num_reqs")),
     Symbol("CpuGpuBuffer", ("vllm.v1.utils",), ("np",)),
-    # -- tests and benchmarks -----------------------------------------------------------------------
+    # -- tests and benchmarks ---------------------------------------------------------------------
     Symbol("LLM", ("vllm",), ("chat(_, _, use_tqdm=_)",), tests_only=True),
-    Symbol(
-        "SamplingParams(temperature=_, max_tokens=_, ignore_eos=_)", ("vllm",), tests_only=True
-    ),
+    Symbol("SamplingParams(temperature=_, max_tokens=_, ignore_eos=_)", ("vllm",), tests_only=True),
     Symbol("", ("vllm.entrypoints.openai.run_batch",), tests_only=True),
     Symbol("", ("vllm.entrypoints.openai.api_server",), tests_only=True),
     Symbol("BatchRequestOutput", _RUN_BATCH, tests_only=True),
@@ -287,9 +287,7 @@ SYMBOLS: tuple[Symbol, ...] = (
         ("vllm.entrypoints.openai.chat_completion.protocol",),
         tests_only=True,
     ),
-    Symbol(
-        "CompletionRequest", ("vllm.entrypoints.openai.completion.protocol",), tests_only=True
-    ),
+    Symbol("CompletionRequest", ("vllm.entrypoints.openai.completion.protocol",), tests_only=True),
     Symbol("ResponsesRequest", ("vllm.entrypoints.openai.responses.protocol",), tests_only=True),
     Symbol(
         "EmbeddingCompletionRequest", ("vllm.entrypoints.pooling.embed.protocol",), tests_only=True
@@ -317,11 +315,15 @@ ENVIRONMENT = (
     "VLLM_HOST_IP",
     "VLLM_LOGGING_LEVEL",
     "VLLM_NO_USAGE_STATS",
+    "VLLM_USE_FLASHINFER_SAMPLER",
+    "VLLM_WORKER_MULTIPROC_METHOD",
 )
 
 #: What vLLM's routes use of their engine client and ours does not offer, because no request of a
 #: batch reaches it: adapters, disaggregated prefill, late-interaction scoring on the workers.
-CLIENT_NOT_OFFERED = frozenset({"add_lora", "collective_rpc", "notify_kv_transfer_request_rejected"})
+CLIENT_NOT_OFFERED = frozenset(
+    {"add_lora", "collective_rpc", "notify_kv_transfer_request_rejected"}
+)
 
 
 class Kind(Enum):
@@ -351,13 +353,17 @@ class Use(NamedTuple):
 
 
 def parse_use(text: str) -> Use:
-    """Read a use as it is written in the list. Raises ValueError if it cannot be read."""
+    """Read a use as it is written in the list.
+
+    Raises:
+        ValueError: it is written in another way.
+        SyntaxError: so is this, and Python cannot read it either.
+    """
     optional = text.endswith("?")
     text = text.removesuffix("?")
     if text.startswith("def "):
-        function = ast.parse(f"{text}: ...").body[0]
-        if not isinstance(function, ast.FunctionDef):
-            raise ValueError(f"not a method: {text!r}")
+        [function] = ast.parse(f"{text}: ...").body
+        assert isinstance(function, ast.FunctionDef)
         parameters = function.args
         return Use(
             function.name,
@@ -371,6 +377,8 @@ def parse_use(text: str) -> Use:
     text, _, returned = text.partition(" -> ")
     if not text.endswith(")"):
         name, _, of_class = text.partition(": ")
+        if not name.isidentifier():
+            raise ValueError(f"not a name: {name!r}")
         return Use(name, of_class=of_class, optional=optional)
     call = ast.parse(text, mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
