@@ -31,9 +31,7 @@ from batch_app.engine.vllm_symbols import (
 #: the name by which it does.
 _CALLERS = {
     "EngineClient": ("vllm.entrypoints", "engine_client"),
-    "InprocClient": ("vllm.v1.engine.llm_engine", "engine_core"),
     "InputProcessor": ("vllm.v1.engine.llm_engine", "input_processor"),
-    "StatLoggerManager": ("vllm.v1.engine.llm_engine", "logger_manager"),
 }
 #: Where vLLM uses its engine client for what no route of ours reaches.
 _NOT_OUR_ROUTES = ("cli", "grpc", "dev", "rl", "sagemaker", "elastic_ep", "speech_to_text")

@@ -150,10 +150,21 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol(
         "InprocClient",
         ("vllm.v1.engine.core_client",),
-        ("get_output() -> EngineCoreOutputs", "def get_output()"),
+        ("get_output() -> EngineCoreOutputs", "engine_core: EngineCore", "shutdown()"),
     ),
+    # `step_fn` returns the outputs by client, of which there is one, and whether a step was taken.
+    Symbol(
+        "EngineCore",
+        ("vllm.v1.engine.core",),
+        ("step_fn", "batch_queue", "scheduler: SchedulerInterface"),
+    ),
+    Symbol("SchedulerInterface", ("vllm.v1.core.sched.interface",), ("has_requests()",)),
     Symbol("OutputProcessor", ("vllm.v1.engine.output_processor",), ("log_stats",)),
-    Symbol("EngineCoreOutputs", ("vllm.v1.engine",), ("outputs: EngineCoreOutput",)),
+    Symbol(
+        "EngineCoreOutputs",
+        ("vllm.v1.engine",),
+        ("outputs: EngineCoreOutput", "scheduler_stats: SchedulerStats"),
+    ),
     Symbol(
         "EngineCoreOutput",
         ("vllm.v1.engine",),
@@ -171,16 +182,6 @@ SYMBOLS: tuple[Symbol, ...] = (
             "params",
             "reasoning_ended",
             "reasoning_parser_kwargs",
-        ),
-    ),
-    # We stand in for it: LLMEngine calls these.
-    Symbol(
-        "StatLoggerManager",
-        ("vllm.v1.metrics.loggers",),
-        (
-            "def record(scheduler_stats, **_)",
-            "def log(*_, **__)",
-            "def record_sleep_state(*_, **__)",
         ),
     ),
     Symbol(

@@ -39,6 +39,7 @@ BY_MODULE: Mapping[str, Mapping[str, str]] = {
     "vllm_kernels": {"config": "VllmConfig", "ops": "ops"},
     "vllm_core": {
         "engine": "LLMEngine",
+        "_engine_core": "EngineCore",
         "outputs": "EngineCoreOutputs",
         "request": "EngineCoreRequest",
     },
@@ -168,6 +169,9 @@ class _Reader:
                 if isinstance(base, ast.Name) and base.id in known:
                     known[node.name] = known[base.id]
         for target, value in pairs:
+            if isinstance(target, ast.Tuple):
+                for element in target.elts:
+                    known.pop(ast.unparse(element), None)  # something else of this name
             if isinstance(target, ast.Name) and (classes := self._classes(value, known)):
                 known[target.id] = classes
 
@@ -255,11 +259,11 @@ class _Reader:
 
 def _own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a function or module, without those of the functions defined in it."""
-    waiting = list(ast.iter_child_nodes(scope))
-    while waiting:
-        node = waiting.pop(0)
+    for node in ast.iter_child_nodes(scope):
         yield node
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            waiting = [*ast.iter_child_nodes(node), *waiting]
-        else:
-            waiting = [*getattr(node, "decorator_list", ()), *waiting]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for decorator in node.decorator_list:
+                yield decorator
+                yield from _own_nodes(decorator)
+        elif not isinstance(node, ast.Lambda):
+            yield from _own_nodes(node)
