@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server, without its sockets. The one module that knows where vLLM keeps it.
+"""vLLM's own OpenAI server, without its sockets.
 
 `vllm serve` is a FastAPI application over an `EngineClient`. `OpenAIApp` builds that application
 and calls its route functions directly, so a body is the body of `vllm serve` by construction. What
@@ -6,7 +6,7 @@ only matters with a client on a socket (middleware, watching for its disconnect)
 vLLM refuses before a route function runs (wrong types, missing fields) goes through the whole
 application, which then says so in its own words.
 
-vLLM moves these modules about between releases; the locations below are those of 0.24 to 0.33.
+vLLM moves its modules between releases: `vllm_symbols` lists where each one keeps them.
 """
 
 from __future__ import annotations
@@ -26,28 +26,7 @@ from pydantic import TypeAdapter
 from starlette.requests import Request
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from batch_app.core import Endpoint
-
-_LOCATIONS: Mapping[str, tuple[str, ...]] = {
-    "build_app": ("vllm.entrypoints.launchers.app", "vllm.entrypoints.openai.api_server"),
-    "init_app_state": (
-        "vllm.entrypoints.launchers.api_server.app_state",
-        "vllm.entrypoints.launchers.api_server.entry",
-        "vllm.entrypoints.openai.api_server",
-    ),
-    "make_arg_parser": (
-        "vllm.entrypoints.common.cli_args",
-        "vllm.entrypoints.launchers.cli_args",
-        "vllm.entrypoints.openai.cli_args",
-    ),
-    "validate_parsed_serve_args": (
-        "vllm.entrypoints.common.cli_args",
-        "vllm.entrypoints.launchers.cli_args",
-        "vllm.entrypoints.openai.cli_args",
-    ),
-    "ToolParserManager": ("vllm.tool_parsers", "vllm.entrypoints.openai.tool_parsers"),
-    "ReasoningParserManager": ("vllm.reasoning",),
-}
+from batch_app.engine.vllm_symbols import ROUTES, locations
 
 #: Arguments that would write prompts or answers to the log, or that are set from elsewhere.
 _REFUSED = frozenset(
@@ -62,28 +41,16 @@ _REFUSED = frozenset(
     }
 )
 
-#: Our endpoint -> the path of vLLM's route, and the attributes of its state of which one must be
-#: set for the model to support it. `/v1/score` only logs a warning and calls `/score`.
-_ROUTES: Mapping[Endpoint, tuple[str, tuple[str, ...]]] = {
-    Endpoint.CHAT_COMPLETIONS: ("/v1/chat/completions", ("openai_serving_chat",)),
-    Endpoint.COMPLETIONS: ("/v1/completions", ("openai_serving_completion",)),
-    Endpoint.RESPONSES: ("/v1/responses", ("openai_serving_responses",)),
-    Endpoint.EMBEDDINGS: ("/v1/embeddings", ("serving_embedding", "openai_serving_embedding")),
-    Endpoint.SCORE: ("/score", ("serving_scores", "openai_serving_scores")),
-    Endpoint.RERANK: ("/rerank", ("serving_scores", "openai_serving_scores")),
-}
-
 
 def _locate(name: str) -> Any:
     """The object `name` from wherever this version of vLLM keeps it."""
-    for module in _LOCATIONS[name]:
+    modules = locations(name)
+    for module in modules:
         try:
             return getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError):
             continue
-    raise ImportError(
-        f"this version of vLLM has no {name} in any of: {', '.join(_LOCATIONS[name])}"
-    )
+    raise ImportError(f"this version of vLLM has no {name} in any of: {', '.join(modules)}")
 
 
 class ArgumentError(ValueError):
@@ -185,7 +152,7 @@ class OpenAIApp:
         # vLLM's handler of engine errors asks the web server to stop; there is none.
         app.state.server = SimpleNamespace(should_exit=False)
         routes = {}
-        for endpoint, (path, handlers) in _ROUTES.items():
+        for endpoint, (path, handlers) in ROUTES.items():
             function = _route_function(app, path)
             handler = any(getattr(app.state, name, None) is not None for name in handlers)
             if function is not None and handler:

@@ -219,4 +219,4 @@ def device_name(current_platform: Any) -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
         return platform.processor() or "CPU"
-    return str(current_platform.getdevice_name())
+    return str(current_platform.get_device_name())
