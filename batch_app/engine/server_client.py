@@ -34,6 +34,8 @@ from batch_app.model_server import ModelServer
 LOOK_TIMEOUT_S = 30.0
 #: Less than what servers usually wait before they close a connection that is idle: 5 s.
 KEEPALIVE_S = 3.0
+#: Connections are kept beside those that are needed at a time, for each rests before it is reused.
+_MAX_RESTING = 128
 MAX_LOOK_BYTES = 4 << 20
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 _MAX_NAMES = 10
@@ -121,8 +123,7 @@ class ServerClient:
         self._ids = _RequestIds()
         self._transport = SingleAnswerTransport(
             _tls_context(server, model),
-            # Twice as many: a connection rests before it is reused.
-            max_idle=2 * server.max_concurrency,
+            max_idle=server.max_concurrency + _MAX_RESTING,
             keepalive_s=KEEPALIVE_S,
             reuse=server.reuse_connections,
         )
