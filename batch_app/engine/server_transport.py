@@ -1,6 +1,6 @@
 """An httpx transport that never gives a request the answer to another one.
 
-HTTP/1.1 answers carry no sign of the request that they belong to: the first one that arrives counts.
+An HTTP/1.1 answer has no sign of the request that it belongs to: the first that arrives counts.
 A server (or proxy) that answers one request twice therefore shifts the answers of every later
 request on that connection. This transport reuses a connection only if nothing follows the answer:
 

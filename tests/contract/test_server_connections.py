@@ -177,7 +177,7 @@ def test_an_interim_answer_is_passed_over(certificate: Path, tls: ssl.SSLContext
 def test_a_late_answer_is_known_by_the_id_of_its_request(
     certificate: Path, tls: ssl.SSLContext | None, where: str, concurrency: int
 ) -> None:
-    """Each connection is one answer late from its second request on, as nothing but ids can tell."""
+    """Each connection is one answer late from its second request on: only ids can tell."""
     late: dict[int, bytes] = {}  # by connection
 
     async def answer(request: RawRequest) -> None:

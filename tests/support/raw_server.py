@@ -99,10 +99,11 @@ class RawServer:
             writer.close()
 
     async def end(self) -> None:
-        for task in list(self._tasks):
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        while self._tasks:
-            await asyncio.sleep(0.01)
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 async def _requests(
