@@ -16,9 +16,9 @@ import orjson
 from batch_app.core import Endpoint
 from batch_app.engine.server_client import Answer, NoAnswer
 
-#: Levels of lists and objects in an answer. Readers of JSON give up at a thousand or so, and the
-#: line around the answer has some of its own.
-MAX_DEPTH = 500
+#: Levels of lists and objects in an answer. Readers and writers of JSON give up at some hundreds
+#: (orjson writes 254), and the line around the answer has some of its own.
+MAX_DEPTH = 200
 #: What orjson takes.
 _ORJSON_DEPTH = 1024
 #: Where an answer to each endpoint has what was asked for.
