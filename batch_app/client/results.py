@@ -48,14 +48,16 @@ class Result:
     def finish_reason(self) -> str | None:
         """`stop`, `length` or another, where the endpoint says so."""
         choice = _first(self.body, "choices") if self.ok else None
-        return choice.get("finish_reason") if choice else None
+        reason = choice.get("finish_reason") if choice else None
+        return reason if isinstance(reason, str) else None
 
     def tokens(self, kind: str) -> int | None:
         """`prompt` or `completion` tokens, where the answer counts them."""
-        usage = (self.body or {}).get("usage") or {}
+        usage = _object((self.body or {}).get("usage"))
         other = {"prompt": "input_tokens", "completion": "output_tokens"}[kind]
         value = usage.get(f"{kind}_tokens", usage.get(other))
-        return value if isinstance(value, int) else None
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        return value if is_count and 0 <= value < 1 << 63 else None
 
     def json(self) -> Any:
         """The answer's text, parsed as JSON; a code fence around it is taken off.
@@ -80,9 +82,11 @@ def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
     elif response is None:
         problem = ResultError("no_response", "The request has no response.")
     elif status is not None and status >= 400:
-        detail = (body or {}).get("error") or {}
+        said_why = _object(body).get("error")
+        detail = _object(said_why)
         code = detail.get("code") or detail.get("type") or status
-        problem = ResultError(str(code), str(detail.get("message") or f"status {status}"), status)
+        message = said_why if isinstance(said_why, str) else detail.get("message")
+        problem = ResultError(str(code), str(message or f"status {status}"), status)
     return Result(said["custom_id"], status, body, problem, request, line)
 
 
@@ -156,6 +160,15 @@ def lines_of(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
+def _object(value: object) -> Mapping[str, Any]:
+    """Servers may answer anything where OpenAI's have an object."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    return [_object(one) for one in value] if isinstance(value, list) else []
+
+
 def _first(body: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
     items = (body or {}).get(name)
     if isinstance(items, list) and items and isinstance(items[0], dict):
@@ -166,15 +179,15 @@ def _first(body: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | Non
 def _text(body: Mapping[str, Any]) -> str | None:
     choice = _first(body, "choices")
     if choice is not None:  # chat and completions
-        text = choice.get("text", (choice.get("message") or {}).get("content"))
+        text = choice.get("text", _object(choice.get("message")).get("content"))
         return text if isinstance(text, str) else None
     if body.get("object") == "response":
         parts = [
-            part.get("text", "")
-            for item in body.get("output") or []
+            text
+            for item in _objects(body.get("output"))
             if item.get("type") == "message"
-            for part in item.get("content") or []
-            if part.get("type") == "output_text"
+            for part in _objects(item.get("content"))
+            if part.get("type") == "output_text" and isinstance(text := part.get("text"), str)
         ]
         return "".join(parts) if parts else None
     return None

@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import msgspec
 
-from batch_app.core import TokenCounts
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """`usage` in its two spellings: the Responses API says input and output tokens."""
-
-    prompt_tokens: int | None = None
-    input_tokens: int | None = None
-    completion_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
+from batch_app.core import TokenCounts, token_count
 
 
 class _Body(msgspec.Struct):
-    usage: _Usage | None = None
+    usage: Any = None
 
 
 _decode = msgspec.json.Decoder(_Body).decode
 
 
 def usage_of(body: bytes) -> tuple[TokenCounts, bool]:
-    """What the answer's `usage` counts, nothing where it has none that can be understood; and
-    whether it says how much of the prompt came from the prefix cache."""
+    """What the answer's `usage` counts, in either spelling: the Responses API says input and output
+    tokens. And whether it says how much of the prompt came from the prefix cache.
+
+    Each count that is missing or can't be understood is 0, and none is larger than the results log
+    can hold or than the whole that it is a part of.
+    """
     try:
-        usage = _decode(body).usage or _Usage()
-    except msgspec.MsgspecError:
-        usage = _Usage()
-    of_prompt = usage.prompt_tokens_details or usage.input_tokens_details or _Details()
-    of_output = usage.completion_tokens_details or usage.output_tokens_details or _Details()
-    counts = TokenCounts(
-        usage.prompt_tokens or usage.input_tokens or 0,
-        usage.completion_tokens or usage.output_tokens or 0,
-        of_prompt.cached_tokens or 0,
-        of_output.reasoning_tokens or 0,
+        usage = _mapping(_decode(body).usage)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        usage = {}
+    prompt = _first(usage, "prompt_tokens", "input_tokens")
+    output = _first(usage, "completion_tokens", "output_tokens")
+    cached = _detail(usage, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
+    reasoning = _detail(
+        usage, "reasoning_tokens", "completion_tokens_details", "output_tokens_details"
     )
-    return counts, of_prompt.cached_tokens is not None
+    counts = TokenCounts(
+        prompt, output, min(token_count(cached), prompt), min(token_count(reasoning), output)
+    )
+    return counts, cached is not None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first(usage: Mapping[str, Any], *names: str) -> int:
+    counts = (token_count(usage.get(name)) for name in names)
+    return next((count for count in counts if count), 0)
+
+
+def _detail(usage: Mapping[str, Any], name: str, *places: str) -> object:
+    """None where it isn't told."""
+    found = (_mapping(usage.get(place)).get(name) for place in places)
+    return next((value for value in found if value is not None), None)
