@@ -44,11 +44,13 @@ REMEMBERED_FOR = timedelta(days=7)
 def table_limits(gpu_memory_bytes: int | None, gpu_name: str = "") -> tuple[int, int, str]:
     """`max_num_seqs` and `max_num_batched_tokens` for this machine, and the row they come from.
 
-    `gpu_memory_bytes` is None where there is no GPU.
+    `gpu_memory_bytes` is None where there is no GPU, 0 where its memory size is unknown.
     """
     if gpu_memory_bytes is None:
         return (*_WITHOUT_GPU, "no GPU")
     row = f"a GPU with {gpu_memory_bytes / GIB:.0f} GiB"
+    if not gpu_memory_bytes:
+        row = "a GPU whose memory size is unknown"
     # An A100 computes too slowly for steps as large as its memory would allow.
     memory_bytes = 0 if "a100" in gpu_name.lower() else gpu_memory_bytes
     seqs, tokens = next(row[1:] for row in _BY_GPU_MEMORY if memory_bytes >= row[0])

@@ -7,10 +7,11 @@ vllm is imported by `make_setup`, not before.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from batch_app.core import EngineLimits, LimitsTried
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
 from batch_app.errors import EngineLoadError
+from batch_app.gpus import list_gpus
+
+logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -72,10 +76,10 @@ def make_setup(spec: ModelSpec) -> Setup:
         arguments["trust_remote_code"] = True
     arguments["disable_log_stats"] = False  # `stats` reads them
     on_cpu = bool(current_platform.is_cpu())
-    device = device_name(current_platform)
+    device = find_device(current_platform)
     if on_cpu and emulates_bfloat16():
         arguments.setdefault("dtype", "float32")
-    lowered = lowered_for(spec, device, str(vllm_version))
+    lowered = lowered_for(spec, device.name, str(vllm_version))
     if lowered is not None:
         arguments |= arguments_for(lowered)
     try:
@@ -83,9 +87,7 @@ def make_setup(spec: ModelSpec) -> Setup:
     except (ArgumentError, TypeError) as error:
         raise EngineLoadError(f"model {spec.name!r}: {error}") from error
 
-    seqs, tokens, row = table_limits(
-        None if on_cpu else int(current_platform.get_device_total_memory()), device
-    )
+    seqs, tokens, row = table_limits(device.memory_bytes, device.name)
 
     class TableArgs(EngineArgs):  # type: ignore[misc]
         @classmethod
@@ -105,7 +107,7 @@ def make_setup(spec: ModelSpec) -> Setup:
         args,
         config,
         on_cpu,
-        LimitsTried(limits_of(config, on_cpu), device, str(vllm_version)),
+        LimitsTried(limits_of(config, on_cpu), device.name, str(vllm_version)),
         limits_source(spec.engine_args, row, lowered is not None),
     )
 
@@ -208,12 +210,39 @@ def emulates_bfloat16() -> bool:
     return "avx512f" not in flags
 
 
-def device_name(current_platform: Any) -> str:
-    """The processor's or the GPU's own name."""
+class Device(NamedTuple):
+    """`memory_bytes`: of one GPU; None on a CPU, 0 where the driver doesn't say."""
+
+    name: str
+    memory_bytes: int | None
+
+
+def find_device(current_platform: Any) -> Device:
+    """Find what vLLM is going to compute on: the first GPU, or a slice of one, or the processor."""
     if current_platform.is_cpu():
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        return platform.processor() or "CPU"
-    return str(current_platform.getdevice_name())
+        return Device(_processor_name(), None)
+    gpus = list_gpus() if current_platform.is_cuda() else ()
+    if gpus:
+        return Device(gpus[0].name, gpus[0].memory_bytes or 0)
+    return Device(
+        str(_ask_driver(current_platform.get_device_name, "GPU")),
+        int(_ask_driver(current_platform.get_device_total_memory, 0)),
+    )
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
+
+
+def _ask_driver(question: Callable[[], Any], unknown: Any) -> Any:
+    try:
+        return question()
+    except TypeError:
+        raise  # vLLM's platforms answer None for a name that they haven't
+    except Exception as error:  # noqa: BLE001 - each platform's driver has exceptions of its own
+        logger.warning("The GPU's driver doesn't answer: %s: %s", type(error).__name__, error)
+        return unknown

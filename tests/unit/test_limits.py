@@ -42,7 +42,8 @@ def test_the_table(memory_gib: int | None, name: str, expected: tuple[int, int])
     memory = None if memory_gib is None else memory_gib * GIB
     *limits, row = table_limits(memory, name)
     assert tuple(limits) == expected
-    assert (f"{memory_gib} GiB" in row) == (memory_gib is not None)
+    assert (f"{memory_gib} GiB" in row) == bool(memory_gib)
+    assert ("unknown" in row) == (memory_gib == 0)
 
 
 @pytest.mark.parametrize(
