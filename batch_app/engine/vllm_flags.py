@@ -16,7 +16,11 @@ from pathlib import Path
 
 #: Where the releases from 0.24 on keep them. Of each line, the first file that is there.
 _ENGINE = ("engine/arg_utils.py",)
-_FRONTEND = ("entrypoints/launchers/cli_args.py", "entrypoints/openai/cli_args.py")
+_FRONTEND = (
+    "entrypoints/common/cli_args.py",
+    "entrypoints/launchers/cli_args.py",
+    "entrypoints/openai/cli_args.py",
+)
 _RUNNER = ("entrypoints/launchers/run_batch.py", "entrypoints/openai/run_batch.py")
 
 
@@ -46,7 +50,11 @@ def known_flags() -> Mapping[str, Flag]:
     spec = find_spec("vllm")
     if spec is None or not spec.submodule_search_locations:
         return {}
-    root = Path(spec.submodule_search_locations[0])
+    return flags_in(Path(spec.submodule_search_locations[0]))
+
+
+def flags_in(root: Path) -> Mapping[str, Flag]:
+    """As `known_flags`, of the vLLM whose package is this folder."""
     try:
         engine, frontend, runner = (_parse(root, paths) for paths in (_ENGINE, _FRONTEND, _RUNNER))
         fields = _fields(engine, "EngineArgs") | _fields(engine, "AsyncEngineArgs")

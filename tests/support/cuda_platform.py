@@ -7,8 +7,8 @@ Real: `make_setup`, vLLM's argument parser, configuration classes, CUDA platform
 inspection of the model. Not real, at the edge:
 
 - NVML: for vLLM, the functions of its pynvml that the platform calls; any other raises. For us,
-  `support.nvml`, unless the case says that only vLLM can ask. A card without `memory_gib` answers NotSupported, as one does that shares the
-  machine's memory.
+  `support.nvml`, unless the case says that only vLLM can ask. A card without `memory_gib` answers
+  NotSupported, as one does that shares the machine's memory.
 - `device_count`, which asks a torch that is built without CUDA.
 - vLLM's compiled CUDA modules, which the CPU build lacks: empty modules. Nothing here computes.
 - The cache of model inspections: writing it imports layers that need the compiled modules.
