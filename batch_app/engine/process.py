@@ -33,9 +33,15 @@ _CREDENTIAL = re.compile(
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the engine process gets of this environment: no credentials, no way to the hub."""
+    """Return what the engine process gets of this environment: no credentials, no way to the hub.
+
+    The interpreter's folder comes first in PATH: what compiles kernels starts `ninja` by its name.
+    """
     kept = {name: value for name, value in environment.items() if not _CREDENTIAL.search(name)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    tools = str(Path(sys.executable).parent)
+    folders = environment.get("PATH", os.defpath).split(os.pathsep)
+    path = os.pathsep.join([tools, *(folder for folder in folders if folder != tools)])
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PATH": path}
 
 
 class EngineProcess:

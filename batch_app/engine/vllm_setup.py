@@ -19,6 +19,7 @@ from batch_app.core import EngineLimits, LimitsTried
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
 from batch_app.errors import EngineLoadError
+from batch_app.floors import installed_version
 from batch_app.gpus import list_gpus
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ _ENVIRONMENT = {
     # torch.distributed's gloo listens even where a process is alone, and on the address of the
     # host's name unless told otherwise.
     "GLOO_SOCKET_IFNAME": "lo",
+    # With tensor parallelism vLLM starts a process per GPU; forked ones inherit threads and locks.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # GiB. vLLM's own default takes half of a machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # On a CPU the engine's threads hold every core, and between two operators they turn in a loop
@@ -42,8 +45,24 @@ _ENVIRONMENT = {
 def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not _has_compiled_flashinfer():
+        # vLLM's warm-up samples with it, so it would compile: fails without nvcc and ninja.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # The core is a process of its own already; vLLM's would be one more, started slowly.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+
+def _has_compiled_flashinfer() -> bool:
+    """Whether flashinfer-jit-cache, FlashInfer's kernels ready-made, fits its version."""
+    used, compiled = (
+        installed_version("flashinfer-python"),
+        installed_version("flashinfer-jit-cache"),
+    )
+    return used is not None and compiled is not None and _public(used) == _public(compiled)
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
 
 
 class Setup(NamedTuple):
