@@ -1,5 +1,4 @@
-"""What vLLM loads a model with: its arguments and configuration from an entry of the registry, and
-why it couldn't, in words.
+"""What vLLM loads a model with: its arguments and configuration from an entry of the registry.
 
 vllm is imported by `make_setup`, not before.
 """
@@ -11,7 +10,7 @@ import logging
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +100,8 @@ def make_setup(spec: ModelSpec) -> Setup:
     lowered = lowered_for(spec, device.name, str(vllm_version))
     if lowered is not None:
         arguments |= arguments_for(lowered)
+    if spec.gpu_memory_utilization is not None:
+        arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
     try:
         args = serve_args(_model_path(spec.source), spec.name, arguments)
     except (ArgumentError, TypeError) as error:
@@ -127,7 +128,7 @@ def make_setup(spec: ModelSpec) -> Setup:
         config,
         on_cpu,
         LimitsTried(limits_of(config, on_cpu), device.name, str(vllm_version)),
-        limits_source(spec.engine_args, row, lowered is not None),
+        limits_source(spec, row, lowered is not None),
     )
 
 
@@ -170,48 +171,19 @@ def arguments_for(limits: EngineLimits) -> dict[str, Any]:
     return arguments
 
 
-def limits_source(registry: Mapping[str, Any], row: str, lowered: bool) -> str:
+def limits_source(spec: ModelSpec, row: str, lowered: bool) -> str:
+    named = [
+        name for name in ("max_num_seqs", "max_num_batched_tokens") if name in spec.engine_args
+    ]
     if lowered:
-        return "lowered after it ran out of memory"
-    named = [name for name in ("max_num_seqs", "max_num_batched_tokens") if name in registry]
-    if len(named) == 2:
-        return "from the registry"
-    return f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
-
-
-def load_error(
-    spec: ModelSpec, error: BaseException, started_with: LimitsTried | None
-) -> EngineLoadError:
-    """Put into words why vLLM could not load this model."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    said = " ".join(str(link) for link in chain).lower()
-    names = {type(link).__name__ for link in chain}
-    prefix = f"model {spec.name!r} could not be loaded"
-    first = f"{type(error).__name__}: {error}"[:1000]
-    if (
-        "OutOfMemoryError" in names
-        or isinstance(error, MemoryError)
-        or "out of memory" in said
-        or "free memory on device" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: out of memory ({first})", retriable=True, too_large=started_with
-        )
-    if not Path(spec.source).expanduser().is_dir() and (
-        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"}
-        or "couldn't connect" in said
-        or "not a local folder" in said
-        or "offline mode" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: there is no folder {spec.source!r}, and no such model in the hub's cache "
-            f"or on the hub ({first})"
-        )
-    return EngineLoadError(f"{prefix}: {first}")
+        source = "lowered after it ran out of memory"
+    elif len(named) == 2:
+        source = "from the registry"
+    else:
+        source = f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
+    if spec.gpu_memory_utilization is not None:
+        source += "; other processes use GPU memory"
+    return source
 
 
 def emulates_bfloat16() -> bool:
