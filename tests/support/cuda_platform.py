@@ -63,6 +63,7 @@ class Made(msgspec.Struct, frozen=True):
     worker: str
     world_size: int
     start_method: str
+    flashinfer_samples: bool
 
 
 def configure(cases: Sequence[Case]) -> list[Made]:
@@ -165,6 +166,7 @@ def _make_platform(cases: list[Case]) -> Any:
 
 
 def _make(case: Case) -> Made:
+    from vllm import envs
     from vllm.platforms.cuda import NvmlCudaPlatform
 
     from batch_app.engine.vllm_setup import make_setup, set_environment
@@ -188,7 +190,8 @@ def _make(case: Case) -> Made:
         executor=str(parallel.distributed_executor_backend),
         worker=str(parallel.worker_cls),
         world_size=parallel.world_size,
-        start_method=os.environ.get("VLLM_WORKER_MULTIPROC_METHOD", ""),
+        start_method=str(envs.VLLM_WORKER_MULTIPROC_METHOD),
+        flashinfer_samples=bool(envs.VLLM_USE_FLASHINFER_SAMPLER),
     )
 
 
