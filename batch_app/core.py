@@ -309,6 +309,29 @@ class LimitsTried:
     engine_version: str
 
 
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """A GPU's memory, and how much of it is free."""
+
+    free_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRetry:
+    """How to start an engine again, at once, that found too little memory.
+
+    `too_large`: its limits; retry with smaller ones, and remember them. Its
+    `gpu_memory_utilization` is None if that one is to stay as it is.
+    `in_use`: other processes use the rest of this GPU; retry with the share that is free, and
+    remember nothing.
+    Neither: retry as before; memory was freed or taken while the engine measured it.
+    """
+
+    too_large: LimitsTried | None = None
+    in_use: GpuMemory | None = None
+
+
 class UploadStatus(StrEnum):
     PENDING = "pending"
     COMPLETED = "completed"

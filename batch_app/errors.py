@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batch_app.core import LimitsTried, LineError
+from batch_app.core import LineError, LoadRetry
 
 
 class BatchAppError(Exception):
@@ -216,15 +216,15 @@ class EngineError(BatchAppError):
 class EngineLoadError(EngineError):
     """The model could not be loaded. `retriable` tells whether trying again can help.
 
-    `too_large`: what it was started with when it ran out of memory; None if it didn't.
+    `retry`: how to try again at once, if memory was the reason; None if it wasn't.
     """
 
     def __init__(
-        self, message: str, *, retriable: bool = False, too_large: LimitsTried | None = None
+        self, message: str, *, retriable: bool = False, retry: LoadRetry | None = None
     ) -> None:
         super().__init__(message)
         self.retriable = retriable
-        self.too_large = too_large
+        self.retry = retry
 
 
 class EngineDied(EngineError):

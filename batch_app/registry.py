@@ -55,6 +55,18 @@ class ModelEntry(BaseModel):
             raise ValueError(f"{self.name}: {error.message}") from None
         return self
 
+    @model_validator(mode="after")
+    def _is_one_engine(self) -> ModelEntry:
+        given = {name.replace("-", "_"): value for name, value in self.engine_args.items()}
+        size = given.get("data_parallel_size")
+        if self.engine in ("vllm", "ray") and size is not None and str(size) != "1":
+            raise ValueError(
+                f"{self.name}: data_parallel_size = {size} can't be used: a worker runs one "
+                "engine. Start one worker for each GPU instead (CUDA_VISIBLE_DEVICES), or use "
+                f'engine = "ray" with max_replicas = {size}.'
+            )
+        return self
+
     @property
     def has_server(self) -> bool:
         """A server has the model: `source` is its name there."""

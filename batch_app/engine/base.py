@@ -32,6 +32,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine_args: Mapping[str, Any] = {}
     #: Limits that go before all others, on the device and with the version they were found for.
     lowered: LimitsTried | None = None
+    #: For this load only, before any other: other processes use the rest of the GPU.
+    gpu_memory_utilization: float | None = None
 
 
 class EngineRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):

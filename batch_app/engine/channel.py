@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from batch_app.core import LimitsTried
+from batch_app.core import LoadRetry
 from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, ModelSpec, Outcome
 
 _LENGTH = struct.Struct("<I")
@@ -49,7 +49,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
     retriable: bool
-    too_large: LimitsTried | None = None
+    retry: LoadRetry | None = None
 
 
 class Unavailable(msgspec.Struct, frozen=True, tag=True):

@@ -110,7 +110,7 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
         channel.send(Unavailable(error.message, error.retry_after_s))
         return 1
     except EngineLoadError as error:
-        channel.send(LoadFailed(error.message, error.retriable, error.too_large))
+        channel.send(LoadFailed(error.message, error.retriable, error.retry))
         return 1
     gc.freeze()  # what is there now stays
     if _is_on_cpu(info):

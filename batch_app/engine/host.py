@@ -132,7 +132,7 @@ class EngineHost(Engine):
             if isinstance(message, LoadFailed):
                 self.close()
                 raise EngineLoadError(
-                    message.message, retriable=message.retriable, too_large=message.too_large
+                    message.message, retriable=message.retriable, retry=message.retry
                 )
             if self._interrupted():
                 self.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from batch_app.core import EngineLimits, LimitsTried, utc_now
+from batch_app.core import EngineLimits, GpuMemory, LimitsTried, utc_now
 from batch_app.engine.base import EngineInfo, ModelSpec
 from batch_app.errors import StorageFull
 from batch_app.files import atomic_writer
@@ -35,6 +36,10 @@ LEAST_SEQS = 1
 LEAST_BATCHED_TOKENS = 512
 LEAST_GPU_MEMORY_UTILIZATION = 0.5
 _UTILIZATION_STEP = 0.05
+#: Of the memory that other processes leave: kept back, because theirs and the driver's varies; and
+#: the least share of a GPU that is worth a start.
+_BESIDE_OTHERS_MARGIN = 0.02
+LEAST_BESIDE_OTHERS = 0.1
 #: How often one load is tried again with less.
 MAX_SMALLER_STARTS = 6
 #: Memory may have been short for a passing reason: after this time the full limits are tried again.
@@ -44,11 +49,13 @@ REMEMBERED_FOR = timedelta(days=7)
 def table_limits(gpu_memory_bytes: int | None, gpu_name: str = "") -> tuple[int, int, str]:
     """`max_num_seqs` and `max_num_batched_tokens` for this machine, and the row they come from.
 
-    `gpu_memory_bytes` is None where there is no GPU.
+    `gpu_memory_bytes` is None where there is no GPU, 0 where its memory size is unknown.
     """
     if gpu_memory_bytes is None:
         return (*_WITHOUT_GPU, "no GPU")
     row = f"a GPU with {gpu_memory_bytes / GIB:.0f} GiB"
+    if not gpu_memory_bytes:
+        row = "a GPU whose memory size is unknown"
     # An A100 computes too slowly for steps as large as its memory would allow.
     memory_bytes = 0 if "a100" in gpu_name.lower() else gpu_memory_bytes
     seqs, tokens = next(row[1:] for row in _BY_GPU_MEMORY if memory_bytes >= row[0])
@@ -74,6 +81,17 @@ def smaller(limits: EngineLimits) -> EngineLimits | None:
         gpu_memory_utilization=utilization,
     )
     return None if lower == limits else lower
+
+
+def utilization_beside(memory: GpuMemory) -> float | None:
+    """The `gpu_memory_utilization` to start with while other processes use the rest of this GPU.
+
+    None if they leave too little.
+    """
+    if memory.total_bytes <= 0:
+        return None
+    share = math.floor((memory.free_bytes / memory.total_bytes - _BESIDE_OTHERS_MARGIN) * 1e3) / 1e3
+    return share if share >= LEAST_BESIDE_OTHERS else None
 
 
 def limits_of(info: EngineInfo) -> LimitsTried | None:

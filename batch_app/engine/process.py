@@ -15,9 +15,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
+
+import psutil
 
 from batch_app.engine.channel import Channel
 from batch_app.engine.memory import num_oom_kills
@@ -33,9 +36,15 @@ _CREDENTIAL = re.compile(
 
 
 def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What the engine process gets of this environment: no credentials, no way to the hub."""
+    """Return what the engine process gets of this environment: no credentials, no way to the hub.
+
+    The interpreter's folder comes first in PATH: what compiles kernels starts `ninja` by its name.
+    """
     kept = {name: value for name, value in environment.items() if not _CREDENTIAL.search(name)}
-    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    tools = str(Path(sys.executable).parent)
+    folders = environment.get("PATH", os.defpath).split(os.pathsep)
+    path = os.pathsep.join([tools, *(folder for folder in folders if folder != tools)])
+    return kept | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PATH": path}
 
 
 class EngineProcess:
@@ -95,10 +104,23 @@ class EngineProcess:
             os.killpg(self.pid, signal.SIGUSR1)
 
     def close(self) -> None:
-        """End it and everything that it started."""
+        """End it and everything that it started, and wait until that has ended."""
         self.channel.close()  # the engine process ends itself at that
         self.wait()
         # Also its own children, if it had any: none may keep the device's memory.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        deadline = time.monotonic() + _END_S
+        while has_members(self.pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def has_members(group: int) -> bool:
+    """Whether a process of this group still has its memory. What only waits to be reaped has none,
+    and for what was left behind that may be long: its parent is the machine's first process."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False

@@ -326,7 +326,7 @@ class RayEngine(Engine):
             logger.info("a replica has loaded in %.1f s", member.since - began)
         else:
             failure = EngineLoadError(
-                message.message, retriable=message.retriable, too_large=message.too_large
+                message.message, retriable=message.retriable, retry=message.retry
             )
             self._start_failed(member, failure)
 

@@ -100,7 +100,7 @@ class Replica:
         try:
             return _encode(Loaded(self._host.load()))
         except EngineLoadError as error:
-            return _encode(LoadFailed(error.message, error.retriable, error.too_large))
+            return _encode(LoadFailed(error.message, error.retriable, error.retry))
         except BatchAppError as error:
             return _encode(LoadFailed(error.message, retriable=True))
 

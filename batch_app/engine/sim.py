@@ -11,6 +11,8 @@ faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` 
 with this word, be it told ahead while it loads) and `memory_seqs` (for more at a time it has no
 memory). With `hold_after` and `hold_while` it stands still after so many answers, as long as this
 file exists: what has to happen in the middle of a batch does, however fast or slow the machine.
+With `load_errors`, a file of texts, each load fails as vLLM would with the first of its lines, and
+takes that line away.
 To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
@@ -28,7 +30,7 @@ from typing import Any
 import orjson
 
 from batch_app import __version__
-from batch_app.core import Endpoint, EngineLimits, LimitsTried
+from batch_app.core import Endpoint, EngineLimits, LimitsTried, LoadRetry
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -38,6 +40,7 @@ from batch_app.engine.base import (
     Outcome,
 )
 from batch_app.engine.limits import lowered_for
+from batch_app.engine.vllm_load_errors import load_error
 from batch_app.errors import EngineLoadError, EngineOutOfMemory
 
 _KNOWN_ARGS = frozenset(
@@ -46,6 +49,7 @@ _KNOWN_ARGS = frozenset(
         "max_model_len",
         "prefill_token_s",
         "decode_step_s",
+        "load_errors",
         "load_s",
         "oom_above_seqs",
         "fail_load",
@@ -89,16 +93,17 @@ class SimEngine(Engine):
         lowered = lowered_for(self._spec, _DEVICE, __version__)
         if lowered is not None:
             self._max_num_seqs = lowered.max_num_seqs
+        if path := args.get("load_errors"):
+            self._fail_like_vllm(Path(str(path)))
         load_s = float(args.get("load_s", 0.0))
         time.sleep(load_s)
         for request in ahead if "poison" in args else ():
             self._answer(request)
         if self._max_num_seqs > args.get("oom_above_seqs", self._max_num_seqs):
-            limits = EngineLimits(self._max_num_seqs, self._max_num_seqs * 16)
             raise EngineLoadError(
                 f"model {self._spec.name!r} could not be loaded: out of memory",
                 retriable=True,
-                too_large=LimitsTried(limits, _DEVICE, __version__),
+                retry=LoadRetry(too_large=self._limits_tried()),
             )
         return EngineInfo(
             engine="sim",
@@ -110,10 +115,22 @@ class SimEngine(Engine):
             max_model_len=self._max_model_len,
             max_num_seqs=self._max_num_seqs,
             max_num_batched_tokens=self._max_num_seqs * 16,
+            gpu_memory_utilization=self._spec.gpu_memory_utilization,
             endpoints=_ENDPOINTS,
             least_batched_tokens=1,
             limits_source="lowered after it ran out of memory" if lowered else "",
         )
+
+    def _limits_tried(self) -> LimitsTried:
+        share = self._spec.gpu_memory_utilization
+        limits = EngineLimits(self._max_num_seqs, self._max_num_seqs * 16, share)
+        return LimitsTried(limits, _DEVICE, __version__)
+
+    def _fail_like_vllm(self, path: Path) -> None:
+        texts = path.read_text(encoding="utf-8").splitlines()
+        if texts:
+            path.write_text("\n".join(texts[1:]), encoding="utf-8")
+            raise load_error(self._spec, RuntimeError(texts[0]), self._limits_tried())
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._waiting.extend(requests)

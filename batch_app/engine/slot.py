@@ -15,9 +15,11 @@ from batch_app.cluster import RayCluster
 from batch_app.config import Settings
 from batch_app.core import EngineLimits
 from batch_app.engine.base import EngineInfo, EngineRequest, EngineStats, ModelSpec
+from batch_app.engine.gpu_memory import GpuMemoryWait
 from batch_app.engine.host import EngineHost
 from batch_app.engine.isolation import needs_network
-from batch_app.engine.limits import MAX_SMALLER_STARTS, LoweredLimits, in_words, limits_of, smaller
+from batch_app.engine.limits import LoweredLimits, limits_of, smaller
+from batch_app.engine.load_attempts import LoadAttempts
 from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import EngineDied, EngineLoadError, EngineUnavailable
 from batch_app.registry import ModelEntry
@@ -27,6 +29,8 @@ IMPORTING_ENGINES = ("vllm",)
 #: What the import needs: bytes of memory, twice what vLLM's takes; and processors, so that the
 #: engine at work keeps its own. With fewer, the one would gain what the other loses.
 STAND_BY_BYTES, STAND_BY_CPUS = 2 << 30, 4
+#: Those that may use a GPU of this machine; the simulated one stands in for them.
+LOCAL_ENGINES = ("vllm", "sim")
 #: Those that prepare requests while they load a model.
 PREPARING_ENGINES = ("vllm", "sim")
 
@@ -55,6 +59,7 @@ class EngineSlot:
         on_load: Callable[[str, float | None], None] = lambda *_: None,
         on_lost: Callable[[str], None] = lambda _: None,
         ready: EngineProcess | None = None,
+        gpu_memory: GpuMemoryWait | None = None,
     ) -> None:
         """`on_load` is told of every attempt: the model, and its seconds; None where it failed.
         `on_lost`: of every engine that died or hung at work. `ready`: for the first engine."""
@@ -65,6 +70,7 @@ class EngineSlot:
         self._on_load = on_load
         self._on_lost = on_lost
         self._ready = ready
+        self._gpu_memory = gpu_memory or GpuMemoryWait()
         self._entry: ModelEntry | None = None
         self._host: EngineHost | None = None
 
@@ -105,8 +111,8 @@ class EngineSlot:
         """The engine for this model: the one that is loaded, or a fresh one in its place, which is
         told what comes first (`ahead`), if it can make use of that.
 
-        One that runs out of memory while it loads is tried again with smaller limits, as long as
-        there are any; `say` is told.
+        It starts once the GPU memory of the last one is free. One that finds too little memory is
+        started again with less, as long as that can help (`LoadAttempts`); `say` is told.
 
         Raises EngineLoadError, EngineUnavailable, EngineInterrupted; nothing is loaded then.
         """
@@ -153,30 +159,27 @@ class EngineSlot:
         tried = limits_of(host.info)
         limits = smaller(tried.limits) if tried else None
         if tried is not None and limits is not None:
-            spec = msgspec.structs.replace(host.spec, lowered=None)
+            spec = msgspec.structs.replace(host.spec, lowered=None, gpu_memory_utilization=None)
+            if host.spec.gpu_memory_utilization is not None:  # that was for this load only
+                limits = replace(limits, gpu_memory_utilization=None)
             self._lowered.set(spec, replace(tried, limits=limits))
         return limits
 
     def _load(
         self, spec: ModelSpec, say: Callable[[str], None], ahead: Sequence[EngineRequest]
     ) -> tuple[EngineHost, EngineInfo]:
-        lowered = self._lowered.get(spec)
-        starts_left = MAX_SMALLER_STARTS
+        attempts = LoadAttempts(spec, self._lowered)
         while True:
-            host = self._make_host(msgspec.structs.replace(spec, lowered=lowered))
+            if spec.engine in LOCAL_ENGINES:
+                self._gpu_memory.wait(self._interrupted)
+            host = self._make_host(attempts.spec)
             started = time.monotonic()
             try:
                 info = host.load(ahead)
             except EngineLoadError as error:
                 self._on_load(spec.name, None)
-                tried = error.too_large
-                limits = smaller(tried.limits) if tried else None
-                if tried is None or limits is None or not starts_left:
-                    raise
-                starts_left -= 1
-                lowered = replace(tried, limits=limits)
-                self._lowered.set(spec, lowered)
-                say(f"{error.message.rstrip('.')}. Trying again with {in_words(limits)}.")
+                change = attempts.next_after(error)
+                say(f"{error.message.rstrip('.')}. {change}")
             except (EngineDied, EngineUnavailable):
                 self._on_load(spec.name, None)
                 raise

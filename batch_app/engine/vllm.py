@@ -25,11 +25,11 @@ from batch_app.engine.base import (
     ModelSpec,
     Outcome,
 )
+from batch_app.engine.vllm_load_errors import LogPosition, load_error
 from batch_app.engine.vllm_setup import (
     Setup,
     check_source,
     limits_of,
-    load_error,
     make_setup,
     set_environment,
 )
@@ -62,6 +62,7 @@ class VllmEngine(Engine):
         self._grammars: GrammarChecker | None = None
         self._requests: VllmRequests | None = None
         self._tried: LimitsTried | None = None
+        self._log: LogPosition | None = None
 
     # -- loading ----------------------------------------------------------------------------------
 
@@ -69,6 +70,7 @@ class VllmEngine(Engine):
         """As `Engine.load`. Of those `ahead`, as many are rendered as there is time for."""
         started = time.monotonic()
         check_source(self.spec.source)
+        self._log = LogPosition.of_stderr()
         try:
             import_libraries()
             # vLLM collects garbage several times while it loads, and would look through all that
@@ -80,7 +82,7 @@ class VllmEngine(Engine):
             raise
         except (Exception, SystemExit) as error:
             self.close()
-            raise load_error(self.spec, error, self._tried) from error
+            raise load_error(self.spec, error, self._tried, self._log) from error
         finally:
             gc.unfreeze()
 
@@ -92,7 +94,7 @@ class VllmEngine(Engine):
         from batch_app.engine.vllm_serving import OpenAIApp
 
         grammars = self._grammars = GrammarChecker.start()
-        core = self._core = CoreProcess.start(partial(load_error, self.spec))
+        core = self._core = CoreProcess.start(partial(load_error, self.spec, log=self._log))
         setup = make_setup(self.spec)
         config, args, self._tried = setup.config, setup.args, setup.tried
         core.configure(config, self._tried)

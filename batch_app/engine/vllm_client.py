@@ -166,9 +166,7 @@ class CoreClient(EngineClient):  # type: ignore[misc]
                 self._core_loaded.set_result(message)
         elif isinstance(message, CoreLoadFailed):
             self.fail(
-                EngineLoadError(
-                    message.message, retriable=message.retriable, too_large=message.too_large
-                )
+                EngineLoadError(message.message, retriable=message.retriable, retry=message.retry)
             )
         elif isinstance(message, CoreFailed):
             self.fail(EngineDied(f"the engine failed: {message.message}"))

@@ -63,7 +63,7 @@ def serve_core(sock: socket.socket, explain: Explain) -> int:
     except (Exception, SystemExit) as error:  # noqa: BLE001 - put into words by `explain`
         traceback.print_exc()
         failed = explain(error, wanted and wanted.started_with)
-        line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.too_large)))
+        line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.retry)))
         line.flush()
         return 1
     line.put(framed(core.loaded()))

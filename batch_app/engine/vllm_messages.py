@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
-from batch_app.core import LimitsTried
+from batch_app.core import LimitsTried, LoadRetry
 from batch_app.engine.base import EngineStats
 
 LENGTH = struct.Struct("<Q")
@@ -49,7 +49,7 @@ class CoreLoaded(NamedTuple):
 class CoreLoadFailed(NamedTuple):
     message: str
     retriable: bool
-    too_large: LimitsTried | None
+    retry: LoadRetry | None
 
 
 class Stepped(NamedTuple):

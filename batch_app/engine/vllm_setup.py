@@ -1,5 +1,4 @@
-"""What vLLM loads a model with: its arguments and configuration from an entry of the registry, and
-why it couldn't, in words.
+"""What vLLM loads a model with: its arguments and configuration from an entry of the registry.
 
 vllm is imported by `make_setup`, not before.
 """
@@ -7,10 +6,11 @@ vllm is imported by `make_setup`, not before.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ from batch_app.core import EngineLimits, LimitsTried
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.limits import LEAST_BATCHED_TOKENS, lowered_for, table_limits
 from batch_app.errors import EngineLoadError
+from batch_app.floors import installed_version
+from batch_app.gpus import list_gpus
+
+logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -26,6 +30,8 @@ _ENVIRONMENT = {
     # torch.distributed's gloo listens even where a process is alone, and on the address of the
     # host's name unless told otherwise.
     "GLOO_SOCKET_IFNAME": "lo",
+    # With tensor parallelism vLLM starts a process per GPU; forked ones inherit threads and locks.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # GiB. vLLM's own default takes half of a machine's memory.
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # On a CPU the engine's threads hold every core, and between two operators they turn in a loop
@@ -38,11 +44,27 @@ _ENVIRONMENT = {
 def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if not _has_compiled_flashinfer():
+        # vLLM's warm-up samples with it, so it would compile: fails without nvcc and ninja.
+        os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     # The core is a process of its own already; vLLM's would be one more, started slowly.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # A prompt that takes long to render holds up those behind it in the same thread, and a limit
     # would fail these, too: it counts their waiting. One that never ends is the hang watch's.
     os.environ["VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT"] = "0"
+
+
+def _has_compiled_flashinfer() -> bool:
+    """Whether flashinfer-jit-cache, FlashInfer's kernels ready-made, fits its version."""
+    used, compiled = (
+        installed_version("flashinfer-python"),
+        installed_version("flashinfer-jit-cache"),
+    )
+    return used is not None and compiled is not None and _public(used) == _public(compiled)
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
 
 
 class Setup(NamedTuple):
@@ -75,20 +97,20 @@ def make_setup(spec: ModelSpec) -> Setup:
         arguments["trust_remote_code"] = True
     arguments["disable_log_stats"] = False  # `stats` reads them
     on_cpu = bool(current_platform.is_cpu())
-    device = device_name(current_platform)
+    device = find_device(current_platform)
     if on_cpu and emulates_bfloat16():
         arguments.setdefault("dtype", "float32")
-    lowered = lowered_for(spec, device, str(vllm_version))
+    lowered = lowered_for(spec, device.name, str(vllm_version))
     if lowered is not None:
         arguments |= arguments_for(lowered)
+    if spec.gpu_memory_utilization is not None:
+        arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
     try:
         args = serve_args(_model_path(spec.source), spec.name, arguments)
     except (ArgumentError, TypeError) as error:
         raise EngineLoadError(f"model {spec.name!r}: {error}") from error
 
-    seqs, tokens, row = table_limits(
-        None if on_cpu else int(current_platform.get_device_total_memory()), device
-    )
+    seqs, tokens, row = table_limits(device.memory_bytes, device.name)
 
     class TableArgs(EngineArgs):  # type: ignore[misc]
         @classmethod
@@ -108,8 +130,8 @@ def make_setup(spec: ModelSpec) -> Setup:
         args,
         config,
         on_cpu,
-        LimitsTried(limits_of(config, on_cpu), device, str(vllm_version)),
-        limits_source(spec.engine_args, row, lowered is not None),
+        LimitsTried(limits_of(config, on_cpu), device.name, str(vllm_version)),
+        limits_source(spec, row, lowered is not None),
     )
 
 
@@ -152,48 +174,19 @@ def arguments_for(limits: EngineLimits) -> dict[str, Any]:
     return arguments
 
 
-def limits_source(registry: Mapping[str, Any], row: str, lowered: bool) -> str:
+def limits_source(spec: ModelSpec, row: str, lowered: bool) -> str:
+    named = [
+        name for name in ("max_num_seqs", "max_num_batched_tokens") if name in spec.engine_args
+    ]
     if lowered:
-        return "lowered after it ran out of memory"
-    named = [name for name in ("max_num_seqs", "max_num_batched_tokens") if name in registry]
-    if len(named) == 2:
-        return "from the registry"
-    return f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
-
-
-def load_error(
-    spec: ModelSpec, error: BaseException, started_with: LimitsTried | None
-) -> EngineLoadError:
-    """Put into words why vLLM could not load this model."""
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    said = " ".join(str(link) for link in chain).lower()
-    names = {type(link).__name__ for link in chain}
-    prefix = f"model {spec.name!r} could not be loaded"
-    first = f"{type(error).__name__}: {error}"[:1000]
-    if (
-        "OutOfMemoryError" in names
-        or isinstance(error, MemoryError)
-        or "out of memory" in said
-        or "free memory on device" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: out of memory ({first})", retriable=True, too_large=started_with
-        )
-    if not Path(spec.source).expanduser().is_dir() and (
-        names & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "RepositoryNotFoundError"}
-        or "couldn't connect" in said
-        or "not a local folder" in said
-        or "offline mode" in said
-    ):
-        return EngineLoadError(
-            f"{prefix}: there is no folder {spec.source!r}, and no such model in the hub's cache "
-            f"or on the hub ({first})"
-        )
-    return EngineLoadError(f"{prefix}: {first}")
+        source = "lowered after it ran out of memory"
+    elif len(named) == 2:
+        source = "from the registry"
+    else:
+        source = f"{named[0]} from the registry, else for {row}" if named else f"for {row}"
+    if spec.gpu_memory_utilization is not None:
+        source += "; other processes use GPU memory"
+    return source
 
 
 def emulates_bfloat16() -> bool:
@@ -211,12 +204,39 @@ def emulates_bfloat16() -> bool:
     return "avx512f" not in flags
 
 
-def device_name(current_platform: Any) -> str:
-    """The processor's or the GPU's own name."""
+class Device(NamedTuple):
+    """`memory_bytes`: of one GPU; None on a CPU, 0 where the driver doesn't say."""
+
+    name: str
+    memory_bytes: int | None
+
+
+def find_device(current_platform: Any) -> Device:
+    """Find what vLLM is going to compute on: the first GPU, or a slice of one, or the processor."""
     if current_platform.is_cpu():
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-        return platform.processor() or "CPU"
-    return str(current_platform.get_device_name())
+        return Device(_processor_name(), None)
+    gpus = list_gpus() if current_platform.is_cuda() else ()
+    if gpus:
+        return Device(gpus[0].name, gpus[0].memory_bytes or 0)
+    return Device(
+        str(_ask_driver(current_platform.get_device_name, "GPU")),
+        int(_ask_driver(current_platform.get_device_total_memory, 0)),
+    )
+
+
+def _processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "CPU"
+
+
+def _ask_driver(question: Callable[[], Any], unknown: Any) -> Any:
+    try:
+        return question()
+    except TypeError:
+        raise  # vLLM's platforms answer None for a name that they haven't
+    except Exception as error:  # noqa: BLE001 - each platform's driver has exceptions of its own
+        logger.warning("The GPU's driver doesn't answer: %s: %s", type(error).__name__, error)
+        return unknown

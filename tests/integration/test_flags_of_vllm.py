@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
-from batch_app.engine.vllm_flags import Takes, known_flags
+from batch_app.engine.vllm_flags import Takes, flags_in, known_flags
 
 # vLLM's own imports warn.
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -26,6 +30,35 @@ def test_every_flag_of_run_batch_is_known_and_takes_what_it_takes() -> None:
     assert {option: ours.get(option) for option in theirs} == theirs
     more = ours.keys() - theirs.keys() - {"--input-file", "--output-file"}
     assert all(known_flags()[option].negated for option in more)
+
+
+@pytest.mark.parametrize(
+    ("frontend", "runner"),
+    [
+        ("entrypoints/common", "entrypoints/launchers"),  # 0.33
+        ("entrypoints/launchers", "entrypoints/launchers"),  # 0.30
+        ("entrypoints/openai", "entrypoints/openai"),  # 0.24
+    ],
+)
+def test_they_are_found_in_every_layout_of_vllm(frontend: str, runner: str, tmp_path: Path) -> None:
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    installed = Path(spec.submodule_search_locations[0])
+    places = {
+        "engine/arg_utils.py": "engine",
+        "entrypoints/*/cli_args.py": frontend,
+        "entrypoints/*/run_batch.py": runner,
+    }
+    for pattern, folder in places.items():
+        # The command of the same name is no launcher; an older place may forward to the new one.
+        found = max(
+            (path for path in installed.glob(pattern) if path.parent.name != "cli"),
+            key=lambda path: path.stat().st_size,
+        )
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(found, tmp_path / folder / found.name)
+    assert flags_in(tmp_path) == known_flags()
 
 
 def test_the_engine_takes_them_as_a_registry_holds_them() -> None:

@@ -18,7 +18,7 @@ import msgspec
 import psutil
 import pytest
 
-from batch_app.core import Endpoint, EngineLimits, LimitsTried
+from batch_app.core import Endpoint, EngineLimits, LimitsTried, LoadRetry
 from batch_app.engine.base import Engine, EngineRequest, Outcome
 from batch_app.engine.host import EngineHost
 from batch_app.engine.process import engine_environment
@@ -409,7 +409,8 @@ def test_a_core_that_cannot_load_says_so_and_ends() -> None:
 
     def explain(error: BaseException, started_with: LimitsTried | None) -> EngineLoadError:
         asked.append(error)
-        return EngineLoadError(f"in words: {type(error).__name__}", too_large=started_with)
+        retry = LoadRetry(too_large=started_with)
+        return EngineLoadError(f"in words: {type(error).__name__}", retry=retry)
 
     limits = LimitsTried(EngineLimits(8, 512, None), "a device", "1")
     core = CoreProcess.start(explain)
@@ -418,7 +419,7 @@ def test_a_core_that_cannot_load_says_so_and_ends() -> None:
     while data := core.line.recv(RECEIVE_BYTES):
         received += data
     (failure,) = unframed(received)
-    assert failure == CoreLoadFailed("in words: AttributeError", False, limits)
+    assert failure == CoreLoadFailed("in words: AttributeError", False, LoadRetry(too_large=limits))
     assert not asked  # there, not here
     assert core.ended().exit_code == 1
     assert core.pid is None

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batch_app.core import EngineLimits, LimitsTried
+from batch_app.core import EngineLimits, GpuMemory, LimitsTried
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.limits import (
     GIB,
@@ -19,8 +19,9 @@ from batch_app.engine.limits import (
     lowered_for,
     smaller,
     table_limits,
+    utilization_beside,
 )
-from batch_app.engine.vllm_setup import arguments_for, limits_source, load_error
+from batch_app.engine.vllm_setup import arguments_for, limits_source
 
 H100 = EngineLimits(1024, 16384, 0.9)
 SPEC = ModelSpec(name="m", engine="vllm", source="/m", engine_args={"max_model_len": 4096})
@@ -42,7 +43,8 @@ def test_the_table(memory_gib: int | None, name: str, expected: tuple[int, int])
     memory = None if memory_gib is None else memory_gib * GIB
     *limits, row = table_limits(memory, name)
     assert tuple(limits) == expected
-    assert (f"{memory_gib} GiB" in row) == (memory_gib is not None)
+    assert (f"{memory_gib} GiB" in row) == bool(memory_gib)
+    assert ("unknown" in row) == (memory_gib == 0)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +116,21 @@ def test_what_cant_be_written_is_known_while_the_process_lives(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("error", "out_of_memory"),
+    ("free_gib", "total_gib", "share"),
     [
-        (MemoryError(), True),
-        (RuntimeError("CUDA out of memory occurred when warming up sampler"), True),
-        (ValueError("Free memory on device (1/79 GiB) is less than desired"), True),
-        (ValueError("No available memory for the cache blocks."), False),
-        (OSError("no such file"), False),
+        (11.35, 15.57, 0.708),
+        (70, 80, 0.855),
+        (1.9, 16, None),  # too little to be worth a start
+        (2.0, 16, 0.105),
+        (0, 16, None),
+        (0, 0, None),
     ],
 )
-def test_a_load_that_ran_out_of_memory_says_with_which_limits(
-    error: Exception, out_of_memory: bool
+def test_the_share_beside_other_processes(
+    free_gib: float, total_gib: float, share: float | None
 ) -> None:
-    told = load_error(msgspec.structs.replace(SPEC, source="/"), error, TRIED)
-    assert told.too_large == (TRIED if out_of_memory else None)
-    assert told.retriable == out_of_memory
+    memory = GpuMemory(int(free_gib * GIB), int(total_gib * GIB))
+    assert utilization_beside(memory) == share
 
 
 def test_what_vllm_is_told_and_what_the_log_says() -> None:
@@ -137,8 +139,15 @@ def test_what_vllm_is_told_and_what_the_log_says() -> None:
         "max_num_batched_tokens": 512,
     }
     assert arguments_for(H100)["gpu_memory_utilization"] == 0.9
-    assert limits_source({}, "no GPU", False) == "for no GPU"
-    assert "max_num_seqs from the registry" in limits_source({"max_num_seqs": 4}, "no GPU", False)
-    both = {"max_num_seqs": 4, "max_num_batched_tokens": 512}
+    some = with_args(max_num_seqs=4)
+    assert limits_source(SPEC, "no GPU", False) == "for no GPU"
+    assert "max_num_seqs from the registry" in limits_source(some, "no GPU", False)
+    both = with_args(max_num_seqs=4, max_num_batched_tokens=512)
     assert limits_source(both, "no GPU", False) == "from the registry"
     assert "memory" in limits_source(both, "no GPU", True)
+    beside = msgspec.structs.replace(both, gpu_memory_utilization=0.5)
+    assert "other processes" in limits_source(beside, "no GPU", False)
+
+
+def with_args(**engine_args: int) -> ModelSpec:
+    return msgspec.structs.replace(SPEC, engine_args=engine_args)
