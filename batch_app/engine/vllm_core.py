@@ -1,9 +1,9 @@
-"""vLLM's engine in a process of its own, forked from the one that prepares requests.
+"""vLLM's engine in a process of its own, started by the one that prepares requests.
 
 The parent templates and tokenises requests and shapes answers (`vllm_client`); this process does
 nothing but step the engine. vLLM has such a split of its own, which sends every token of every
 step through the socket and starts its process anew. Here tokens become text where they are made,
-so that only what is finished crosses, and the fork costs no second import (`vllm_process`).
+so that only what is finished crosses, and a fork costs no second import (`vllm_process`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
 import signal
@@ -23,6 +24,7 @@ from typing import Any
 from batch_app.core import LimitsTried
 from batch_app.engine.base import EngineStats
 from batch_app.engine.vllm_core_line import CoreLine
+from batch_app.engine.vllm_core_start import is_lost_in_fork
 from batch_app.engine.vllm_messages import (
     Abort,
     Add,
@@ -30,6 +32,8 @@ from batch_app.engine.vllm_messages import (
     CoreFailed,
     CoreLoaded,
     CoreLoadFailed,
+    FromCore,
+    GpuLostInFork,
     Stepped,
     ToCore,
     framed,
@@ -43,12 +47,14 @@ Explain = Callable[[BaseException, LimitsTried | None], EngineLoadError]
 STATS_EVERY_S = 0.25
 #: As vLLM's own loop pauses.
 STALLED_S = 0.001
+_END_WORKERS_S = 5.0
 
 
-def serve_core(sock: socket.socket, explain: Explain) -> int:
+def serve_core(sock: socket.socket, explain: Explain, *, was_forked: bool) -> int:
     """Load what the first message says, then step until the line ends. Returns an exit code.
 
-    Sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`.
+    Sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`, or `GpuLostInFork`. Ends the
+    processes that vLLM started for it.
     """
     with contextlib.suppress(ValueError):  # not where a test forks from another thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,19 +68,32 @@ def serve_core(sock: socket.socket, explain: Explain) -> int:
         core = _Core(wanted, line)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - put into words by `explain`
         traceback.print_exc()
-        failed = explain(error, wanted and wanted.started_with)
-        line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.too_large)))
-        line.flush()
-        return 1
+        failure: FromCore
+        if was_forked and is_lost_in_fork(error):
+            failure = GpuLostInFork(f"{type(error).__name__}: {error}"[:500])
+        else:
+            failed = explain(error, wanted and wanted.started_with)
+            failure = CoreLoadFailed(failed.message, failed.retriable, failed.too_large)
+        return _fail(line, failure)
     line.put(framed(core.loaded()))
     try:
         core.run()
+        core.end_workers()
     except Exception as error:  # noqa: BLE001 - whatever it was, the engine can't go on
         traceback.print_exc()
-        line.put(framed(CoreFailed(f"{type(error).__name__}: {error}"[:500])))
-        line.flush()
-        return 1
+        return _fail(line, CoreFailed(f"{type(error).__name__}: {error}"[:500]))
     return 0
+
+
+def _fail(line: CoreLine, failure: FromCore) -> int:
+    line.put(framed(failure))
+    line.flush()
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(_END_WORKERS_S / len(workers))
+    return 1
 
 
 def _import_ahead() -> None:
@@ -151,6 +170,11 @@ class _Core:
                 self.line.put(_framed_step(outputs, self.readings.snapshot()))
                 next_stats = now + STATS_EVERY_S
             wait_s = self._wait_s()
+
+    def end_workers(self) -> None:
+        """Have vLLM end its workers, where there are several. A core alone may just end."""
+        if multiprocessing.active_children():
+            self.engine.engine_core.shutdown()
 
     def _has_work(self) -> bool:
         """Whether to step: as in vLLM's own loop, also for what only the scheduler has left.

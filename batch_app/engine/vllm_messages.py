@@ -1,4 +1,4 @@
-"""What crosses between the engine core (`vllm_core`) and the process that forked it.
+"""What crosses between the engine core (`vllm_core`) and the process that started it.
 
 Pickled: the two are one program, and the worker trusts neither (`channel`).
 """
@@ -58,6 +58,12 @@ class CoreLoadFailed(NamedTuple):
     too_large: LimitsTried | None
 
 
+class GpuLostInFork(NamedTuple):
+    """A core that was spawned could have loaded it."""
+
+    message: str
+
+
 class Stepped(NamedTuple):
     """What became final: outputs of vLLM's by key, or the exception that a request met."""
 
@@ -70,7 +76,7 @@ class CoreFailed(NamedTuple):
 
 
 ToCore: TypeAlias = Configure | Add | Abort
-FromCore: TypeAlias = CoreLoaded | CoreLoadFailed | Stepped | CoreFailed
+FromCore: TypeAlias = CoreLoaded | CoreLoadFailed | GpuLostInFork | Stepped | CoreFailed
 
 
 def framed(message: ToCore | FromCore | list[ToCore]) -> bytes:
