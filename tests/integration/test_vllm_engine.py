@@ -23,6 +23,7 @@ from batch_app.engine.base import Engine, EngineRequest, Outcome
 from batch_app.engine.host import EngineHost
 from batch_app.engine.process import engine_environment
 from batch_app.engine.vllm import VllmEngine
+from batch_app.engine.vllm_core_start import StartMethod
 from batch_app.engine.vllm_messages import RECEIVE_BYTES, CoreFailed, CoreLoadFailed, unframed
 from batch_app.engine.vllm_process import CoreProcess
 from batch_app.errors import EngineDied, EngineLoadError
@@ -404,7 +405,8 @@ def test_an_engine_that_fails_is_dead(vllm_engine: VllmEngine) -> None:
     run(vllm_engine, chat(1))
 
 
-def test_a_core_that_cannot_load_says_so_and_ends() -> None:
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_core_that_cannot_load_says_so_and_ends(method: StartMethod) -> None:
     asked: list[BaseException] = []
 
     def explain(error: BaseException, started_with: LimitsTried | None) -> EngineLoadError:
@@ -413,7 +415,7 @@ def test_a_core_that_cannot_load_says_so_and_ends() -> None:
         return EngineLoadError(f"in words: {type(error).__name__}", retry=retry)
 
     limits = LimitsTried(EngineLimits(8, 512, None), "a device", "1")
-    core = CoreProcess.start(explain)
+    core = CoreProcess.start(explain, method)
     core.configure(None, limits)
     received = bytearray()
     while data := core.line.recv(RECEIVE_BYTES):
@@ -426,8 +428,9 @@ def test_a_core_that_cannot_load_says_so_and_ends() -> None:
     core.end()
 
 
-def test_a_core_that_is_never_told_what_to_load_ends() -> None:
-    core = CoreProcess.start(lambda error, _: EngineLoadError(str(error)))
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_core_that_is_never_told_what_to_load_ends(method: StartMethod) -> None:
+    core = CoreProcess.start(lambda error, _: EngineLoadError(str(error)), method)
     assert core.pid
     process = psutil.Process(core.pid)
     core.end()

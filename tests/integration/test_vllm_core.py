@@ -1,0 +1,325 @@
+"""The engine core as GPUs have it: spawned, stepped asynchronously, with several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from batch_app.engine import vllm as vllm_engine_module
+from batch_app.engine.base import Engine, ModelSpec
+from batch_app.engine.host import EngineHost
+from batch_app.engine.process_group import group_members
+from batch_app.engine.vllm import VllmEngine
+from batch_app.errors import EngineDied, EngineLoadError
+from contract.engine_conformance import EngineConformance, chat, collect_all, run
+from integration.conftest import DEMO_MODEL, demo_spec
+from support.network import network_of
+from support.waiting import wait_for
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+CHILD = "batch_app.engine.vllm_core_child"
+
+
+def core_of(engine: EngineHost) -> psutil.Process:
+    (core,) = psutil.Process(engine.pid).children()
+    return core
+
+
+def said(body: bytes) -> str:
+    content = json.loads(body)["choices"][0]["message"]["content"]
+    assert isinstance(content, str)
+    return content.strip()
+
+
+# -- a spawned core --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHost]:
+    engine = EngineHost(demo_spec(), log_path=tmp_path_factory.mktemp("spawned") / "engine.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_BATCH_CORE_START", "spawn")
+        engine.load()
+    yield engine
+    engine.close()
+
+
+class TestSpawnedCore(EngineConformance):
+    @pytest.fixture
+    def engine(self, spawned: EngineHost) -> Engine:
+        return spawned
+
+
+def test_a_spawned_core_has_what_a_forked_one_inherits(spawned: EngineHost) -> None:
+    core = core_of(spawned)
+    assert CHILD in core.cmdline()
+    assert spawned.pid
+    assert network_of(core.pid) == network_of(spawned.pid) != network_of(os.getpid())
+    assert os.getpgid(core.pid) == spawned.pid
+    log = spawned._log_path
+    assert "Starting the engine core by spawn: VLLM_BATCH_CORE_START is set." in log.read_text()
+    spawned.submit([chat(0, max_tokens=1900, ignore_eos=True)])
+    spawned.collect(0.5)
+    spawned._dump_stacks()
+    wait_for(lambda: "vllm_core.py" in log.read_text(), what="the core's stacks")
+    spawned.cancel([0])
+
+
+def test_a_spawned_core_ends_with_its_parent(tmp_path: Path) -> None:
+    engine = EngineHost(demo_spec(), log_path=tmp_path / "engine.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_BATCH_CORE_START", "spawn")
+        engine.load()
+    core = core_of(engine)
+    engine.submit([chat(0, max_tokens=1900, ignore_eos=True)])
+    assert engine.pid
+    os.kill(engine.pid, signal.SIGKILL)
+    wait_for(lambda: not core.is_running() or core.status() == "zombie", what="the core ends")
+    with pytest.raises(EngineDied):
+        collect_all(engine, [0])
+    engine.close()
+
+
+@pytest.mark.usefixtures("vllm_engine")  # vLLM is imported, and the hub out of reach
+def test_a_spawned_core_says_why_it_cannot_load(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the words of the engine process, which knows the model's entry."""
+    monkeypatch.setenv("VLLM_BATCH_CORE_START", "spawn")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in DEMO_MODEL.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0not json")
+    engine = VllmEngine(
+        ModelSpec(
+            name="broken", engine="vllm", source=str(folder), engine_args={"max_model_len": 256}
+        )
+    )
+    with pytest.raises(
+        EngineLoadError, match="model 'broken' could not be loaded: SafetensorError"
+    ):
+        engine.load()
+
+
+@pytest.mark.usefixtures("vllm_engine")
+def test_a_core_that_loses_the_gpu_in_the_fork_is_spawned(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A forked core has what is changed here, a spawned one doesn't: as with CUDA."""
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with …")
+
+    monkeypatch.setattr(LLMEngine, "from_vllm_config", fail)
+    engine = VllmEngine(demo_spec())
+    try:
+        engine.load([chat(0)])
+        assert engine._client is not None
+        assert CHILD in psutil.Process(engine._client.pid).cmdline()
+        assert "Cannot re-initialize CUDA" in caplog.text
+        (outcome,) = run(engine, chat(0, temperature=0))
+        assert said(outcome.body) == "85"
+    finally:
+        engine.close()
+
+
+OWN_CODE = """
+from transformers import Qwen3Config
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+"""
+
+
+@pytest.mark.usefixtures("vllm_engine")
+def test_a_models_own_code_reaches_a_spawned_core(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The configuration is of a class that only the engine process has loaded so far."""
+    monkeypatch.setenv("VLLM_BATCH_CORE_START", "spawn")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in DEMO_MODEL.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_own.py").write_text(OWN_CODE)
+    engine = VllmEngine(
+        ModelSpec(
+            name="own",
+            engine="vllm",
+            source=str(folder),
+            trust_remote_code=True,
+            engine_args={"max_model_len": 512, "enforce_eager": True},
+        )
+    )
+    try:
+        engine.load()
+        assert engine._client is not None
+        assert type(engine._client.model_config.hf_config).__name__ == "OwnConfig"
+        (outcome,) = run(engine, chat(0, temperature=0))
+        assert said(outcome.body) == "85"
+    finally:
+        engine.close()
+
+
+# -- asynchronous scheduling, which is vLLM's default on GPUs --------------------------------------
+
+
+class _Nothing:
+    """CUDA's streams and events, where there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_, **__: None
+
+
+@pytest.fixture(scope="module")
+def asynchronous() -> Iterator[VllmEngine]:
+    """vLLM turns it off on a CPU. Turned on after that, its scheduler and runner do it there."""
+    torch = pytest.importorskip("torch")
+    make_setup = vllm_engine_module.make_setup
+
+    def make_asynchronous(spec: ModelSpec) -> Any:
+        setup = make_setup(spec)
+        setup.config.scheduler_config.async_scheduling = True
+        assert setup.config.max_concurrent_batches == 2
+        return setup
+
+    engine = VllmEngine(demo_spec())
+    with pytest.MonkeyPatch.context() as patch:  # a forked core has all of it
+        patch.setattr(vllm_engine_module, "make_setup", make_asynchronous)
+        for name in ("Event", "Stream", "stream", "current_stream"):
+            patch.setattr(torch.cuda, name, _Nothing)
+        engine.load()
+    yield engine
+    engine.close()
+
+
+class TestAsynchronousScheduling(EngineConformance):
+    @pytest.fixture
+    def engine(self, asynchronous: VllmEngine) -> Iterator[Engine]:
+        yield asynchronous
+        assert asynchronous.collect(0) == []
+
+
+def test_tokens_are_counted_once_when_outputs_come_a_step_later(
+    asynchronous: VllmEngine,
+) -> None:
+    run(asynchronous, chat(0))
+    before = asynchronous.stats()
+    requests = [chat(n, max_tokens=1 + n % 7, ignore_eos=True, temperature=0) for n in range(40)]
+    requests.append(chat(40, n=2, max_tokens=5, ignore_eos=True))
+    requests.append(chat(41, temperature=0, stop=["5"], max_tokens=16))
+    outcomes = run(asynchronous, *requests)
+    after = asynchronous.stats()
+    generated = after.generation_tokens_total - before.generation_tokens_total
+    assert generated == sum(outcome.completion_tokens for outcome in outcomes)
+    prompt = after.prompt_tokens_total - before.prompt_tokens_total
+    assert prompt == sum(outcome.prompt_tokens for outcome in outcomes)
+    assert (after.num_running, after.num_waiting) == (0, 0)
+
+
+def test_answers_are_those_of_synchronous_steps(
+    asynchronous: VllmEngine, vllm_engine: VllmEngine
+) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    as_json = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    requests = [
+        chat(0, temperature=0),
+        chat(1, "What is 10 + 11?", temperature=0, max_tokens=24),
+        chat(2, temperature=0, max_tokens=24, response_format=as_json),
+        chat(3, temperature=0, stop=["5"], max_tokens=16),
+        chat(4, temperature=2.0, seed=7, max_tokens=24, ignore_eos=True),
+    ]
+    ours, others = run(asynchronous, *requests), run(vllm_engine, *requests)
+    assert [said(outcome.body) for outcome in ours] == [said(outcome.body) for outcome in others]
+
+
+def test_what_is_on_its_way_when_the_last_request_is_aborted_is_awaited(
+    asynchronous: VllmEngine,
+) -> None:
+    """The step that was begun for it has no request any more, and must not stay in the queue."""
+    for number in range(5):
+        asynchronous.submit([chat(number, max_tokens=500, ignore_eos=True)])
+        asynchronous.collect(0.2)
+        asynchronous.cancel([number])
+        steps = asynchronous.stats().steps_total
+        (outcome,) = run(asynchronous, chat(number, temperature=0))
+        assert said(outcome.body) == "85"
+        assert (asynchronous.stats().steps_total or 0) > (steps or 0)
+
+
+# -- several processes, as with several GPUs -------------------------------------------------------
+
+
+def shared_memory() -> set[str]:
+    """What Python shares between processes; vLLM's own for CPUs never goes."""
+    return {name for name in os.listdir("/dev/shm") if not name.endswith(("cpushm_0", "cpushm_1"))}
+
+
+@pytest.fixture
+def parallel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EngineHost]:
+    cores = sorted(os.sched_getaffinity(0))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[-1]}")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    spec = demo_spec(
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        max_model_len=512,
+        max_num_seqs=8,
+    )
+    engine = EngineHost(spec, log_path=tmp_path / "engine.log")
+    before = shared_memory()
+    engine.load()
+    group = engine.pid
+    assert group
+    assert shared_memory() - before
+    assert len(group_members(group)) >= 5  # with a core, a tracker, and two workers
+    (outcome,) = run(engine, chat(0, temperature=0))
+    assert said(outcome.body) == "85"
+    yield engine
+    engine.close()
+    assert group_members(group) == []
+    assert shared_memory() - before == set()
+
+
+def test_several_processes_end_in_order_and_leave_nothing(parallel: EngineHost) -> None:
+    parallel.submit([chat(0, max_tokens=400, ignore_eos=True)])
+    parallel.collect(0.1)
+    parallel.close()
+    assert "leaked" not in parallel._log_path.read_text()
+
+
+def test_several_processes_end_with_an_engine_that_was_killed(parallel: EngineHost) -> None:
+    group = parallel.pid
+    assert group
+    os.kill(group, signal.SIGKILL)
+    wait_for(lambda: group_members(group) == [], what="nobody is left of the group")
+
+
+def test_a_process_of_several_that_dies_is_an_engine_that_died(parallel: EngineHost) -> None:
+    parallel.submit([chat(0, max_tokens=400, ignore_eos=True)])
+    parallel.collect(0.1)
+    worker = psutil.Process(parallel.pid).children()[0].children()[-1]
+    worker.kill()
+    with pytest.raises(EngineDied):
+        collect_all(parallel, [0])
