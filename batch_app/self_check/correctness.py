@@ -39,7 +39,7 @@ def check_answers(options: Options, note: Note) -> str:
     is_demo = bool(options.get("is_demo"))
     spec = spec_of(options, structured_outputs_config=_COMPACT_JSON)
     with loaded(spec, folder, options["timeout_s"]) as engine:
-        info = engine.info
+        info, source = engine.info, engine.host.folder
         note(
             load_s=round(info.load_s, 1),
             device=info.device,
@@ -61,7 +61,7 @@ def check_answers(options: Options, note: Note) -> str:
     reference = call(
         "batch_app.engine.vllm_reference:chat",
         {
-            "source": spec.source,
+            "source": source,
             "engine_args": reference_args(spec, info),
             "on_cpu": not options["on_gpu"],
             "prompts": [one.prompt for one in greedy],

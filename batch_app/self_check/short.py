@@ -10,7 +10,11 @@ from typing import Any
 
 import msgspec
 
+from batch_app.config import Settings
 from batch_app.engine.base import ModelSpec
+from batch_app.engine.slot import model_spec
+from batch_app.errors import ConfigError, ModelNotFound
+from batch_app.registry import ModelRegistry
 from batch_app.self_check.step import Step
 
 #: The model that comes with the project; its answers are known.
@@ -62,6 +66,21 @@ def options_for(spec: ModelSpec | None, *, on_gpu: bool) -> dict[str, Any]:
         "spec": None if spec is None else msgspec.to_builtins(spec),
         "is_demo": spec is not None and spec.name == DEMO,
     }
+
+
+def registered(name: str | None, settings: Settings) -> ModelSpec | None:
+    """The registry's model of this name, else its `demo`; None where it has neither.
+
+    Raises ModelNotFound if `name` is given and unknown.
+    """
+    try:
+        return model_spec(ModelRegistry.load(settings.models).get(name or DEMO))
+    except ModelNotFound:
+        if name is not None:
+            raise
+    except ConfigError:
+        pass  # `doctor` says what is wrong with the registry
+    return None
 
 
 @contextmanager
