@@ -14,9 +14,15 @@ from typing import Any
 from batch_app.engine.vllm_setup import emulates_bfloat16, set_environment
 
 
-def make_llm(source: str, engine_args: Mapping[str, Any], *, on_cpu: bool) -> Any:
-    """Load the model in this process, with those of our engine arguments that `LLM` knows."""
+def make_llm(
+    source: str, engine_args: Mapping[str, Any], *, on_cpu: bool, own_process: bool = False
+) -> Any:
+    """Load the model with those of our engine arguments that `LLM` knows.
+
+    `own_process`: its engine gets a process of its own, as it does by default.
+    """
     set_environment()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if own_process else "0"
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
