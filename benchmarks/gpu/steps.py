@@ -111,12 +111,15 @@ def full_steps(*, on_gpu: bool) -> tuple[Step, ...]:
             else _throughput("qwen3-0.6b", 64, 2048, 4),
         ),
         Step(
-            "ten-switches",
-            "Ten switches between two models",
+            "many-switches",
+            "Ten switches between two models; three on a CPU",
             "benchmarks.gpu.loads:switch_models",
             budget_s=420,
             least_s=60,
-            options={"shape": "qwen3-small" if small else "qwen3-0.6b", "num_switches": 10},
+            options={
+                "shape": "qwen3-small" if small else "qwen3-0.6b",
+                "num_switches": 3 if small else 10,
+            },
         ),
     )
 
