@@ -26,6 +26,7 @@ OTHER_VARIABLES: Mapping[str, str] = {
     "VLLM_BATCH_SERVER": "the server that commands ask, as --server",
     "VLLM_BATCH_API_KEY": "the API key that commands send, as --api-key",
     WEBHOOK_SECRET_VARIABLE: "the secret of webhooks that `submit` asks for",
+    "VLLM_BATCH_CORE_START": "how vLLM's engine core is started: fork or spawn",
     "VLLM_BATCH_ENGINE": "which engine `make setup` installs",
 }
 #: Read by tests alone.

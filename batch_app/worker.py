@@ -51,6 +51,7 @@ from batch_app.errors import (
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.lease import HeldLease
+from batch_app.machine import this_machine
 from batch_app.objects import open_objects
 from batch_app.orphans import remove_orphans
 from batch_app.queue import choose
@@ -67,8 +68,9 @@ logger = logging.getLogger(__name__)
 LINE = "=" * 80
 EXIT_AT_ONCE = 130
 #: Worker and engine yield to the API server where all share few cores: a batch that runs for hours
-#: doesn't notice, somebody who asks for its status does. A GPU's work isn't slowed by it.
-NICENESS = 5
+#: doesn't notice, somebody who asks for its status does. Not with a GPU: the engine inherits it,
+#: and the GPU would wait for the processor.
+NICENESS_ON_CPU = 5
 LONGEST_PAUSE_S = 60.0
 #: A process that stands ready for a batch which then didn't come takes memory for nothing.
 STAND_DOWN_S = 60.0
@@ -440,8 +442,9 @@ def _print_banner(settings: Settings) -> None:
 def run_worker(settings: Settings) -> int:
     """Run a worker in this process until a signal ends it. Returns the exit code."""
     logs.set_up(settings.log_format)
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    if this_machine().device_type == "cpu":
+        with contextlib.suppress(OSError):
+            os.nice(NICENESS_ON_CPU)
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

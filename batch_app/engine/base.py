@@ -156,6 +156,13 @@ class Engine(ABC):
     def stats(self) -> EngineStats:
         """The latest reading. Cheap."""
 
+    def end_workers(self) -> None:  # noqa: B027 - most engines have none
+        """End the processes under this one that would leave something behind if they were killed.
+
+        Takes a few seconds at most. The one method for another thread: the process is about to end,
+        whatever the engine is doing.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Free everything. Idempotent; never raises."""

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from batch_app.engine.base import Engine, EngineInfo, ModelSpec
@@ -97,7 +98,8 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
     `not_isolated`: why this process has no network of its own, although it should; to be told.
     """
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(channel, inbox), daemon=True).start()
+    engines: list[Engine] = []
+    threading.Thread(target=_listen, args=(channel, inbox, engines), daemon=True).start()
     if engine_name in ENGINES:
         get_ready(engine_name)
     first = inbox.get()
@@ -105,6 +107,7 @@ def serve(channel: Channel, engine_name: str = "", not_isolated: str = "") -> in
         return 2
     try:
         engine = make_engine(first.spec, first.api_key)
+        engines.append(engine)
         info = engine.load(first.ahead)
     except EngineUnavailable as error:
         channel.send(Unavailable(error.message, error.retry_after_s))
@@ -141,12 +144,18 @@ def _make_way() -> None:
             os.setpriority(os.PRIO_PROCESS, int(thread.name), now + NICER_ON_CPU)
 
 
-def _listen(channel: Channel, inbox: queue.SimpleQueue[ToEngine]) -> None:
+def _listen(
+    channel: Channel, inbox: queue.SimpleQueue[ToEngine], engines: Sequence[Engine]
+) -> None:
     while (data := channel.receive()) is not None:
         inbox.put(to_engine_decoder.decode(data))
     # The worker is gone, or has let go of us. Whatever the engine is doing, nobody waits for it;
-    # its memory is freed by ending, and nothing of it needs an orderly end.
-    os._exit(0)
+    # its memory is freed by ending. Only processes that it started may need an orderly end.
+    try:
+        for engine in engines:
+            engine.end_workers()
+    finally:
+        os._exit(0)
 
 
 def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) -> None:
@@ -216,3 +225,7 @@ if __name__ == "__main__":
     sys.stderr.flush()
     # Interpreter shutdown with an engine's threads and native pools around has nothing to give.
     os._exit(exit_code)
+elif __name__ == "__mp_main__":
+    # One of the processes that vLLM spawns, each for one of several GPUs: it imports the module in
+    # which the core was forked. By itself it looks for its parent's end only once it has loaded.
+    die_with_parent()

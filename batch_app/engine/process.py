@@ -21,10 +21,13 @@ from typing import Literal
 
 from batch_app.engine.channel import Channel
 from batch_app.engine.memory import num_oom_kills
+from batch_app.engine.process_group import end_processes, group_members
 
 Network = Literal["isolated", "host"]
 
 _END_S = 5.0
+#: It may have to wait for its own processes (`Engine.end_workers`).
+_END_WITH_WORKERS_S = 15.0
 _MAX_LOG_BYTES = 16 << 20
 _CREDENTIAL = re.compile(
     r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|DATABASE_URL|STORAGE_URL)($|_)|^(AWS|AZURE|GOOGLE|OTEL)_",
@@ -97,8 +100,9 @@ class EngineProcess:
     def close(self) -> None:
         """End it and everything that it started."""
         self.channel.close()  # the engine process ends itself at that
-        self.wait()
+        has_ended = self.wait(_END_WITH_WORKERS_S) is not None
         # Also its own children, if it had any: none may keep the device's memory.
+        end_processes(group_members(self.pid), patience_s=_END_S if has_ended else 0.0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import time
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -38,8 +39,11 @@ from batch_app.errors import EngineDied, EngineError
 if TYPE_CHECKING:
     from batch_app.core import LimitsTried
     from batch_app.engine.vllm_client import CoreClient
+    from batch_app.engine.vllm_core_start import StartMethod
     from batch_app.engine.vllm_process import CoreProcess
     from batch_app.engine.vllm_requests import VllmRequests
+
+logger = logging.getLogger(__name__)
 
 
 def import_libraries() -> None:
@@ -83,12 +87,28 @@ class VllmEngine(Engine):
             gc.unfreeze()
 
     def _load(self, started: float, ahead: Sequence[EngineRequest]) -> EngineInfo:
+        from batch_app.engine.vllm_core_start import choose_core_start, start_facts
+        from batch_app.engine.vllm_process import CoreLostGpu
+
+        method, reason = choose_core_start(start_facts())
+        level = logging.WARNING if method == "spawn" else logging.INFO  # it takes seconds more
+        logger.log(level, "Starting the engine core by %s: %s.", method, reason)
+        try:
+            return self._load_into(method, started, ahead)
+        except CoreLostGpu as error:
+            logger.warning("The forked engine core lost the GPU; spawning another: %s", error)
+            self.close()
+            return self._load_into("spawn", started, ahead)
+
+    def _load_into(
+        self, method: StartMethod, started: float, ahead: Sequence[EngineRequest]
+    ) -> EngineInfo:
         from batch_app.engine.vllm_client import CoreClient
         from batch_app.engine.vllm_process import CoreProcess
         from batch_app.engine.vllm_requests import VllmRequests
         from batch_app.engine.vllm_serving import OpenAIApp
 
-        core = self._core = CoreProcess.start(partial(load_error, self.spec))
+        core = self._core = CoreProcess.start(partial(load_error, self.spec), method)
         setup = make_setup(self.spec)
         config, args, self._tried = setup.config, setup.args, setup.tried
         core.configure(config, self._tried)
@@ -153,6 +173,11 @@ class VllmEngine(Engine):
         )
 
     # -- the end ----------------------------------------------------------------------------------
+
+    def end_workers(self) -> None:
+        core = self._core
+        if core is not None:
+            core.end_beside()
 
     def close(self) -> None:
         client, self._client = self._client, None

@@ -30,12 +30,13 @@ from batch_app.engine.vllm_messages import (
     CoreFailed,
     CoreLoaded,
     CoreLoadFailed,
+    GpuLostInFork,
     Stepped,
     ToCore,
     framed,
     unframed,
 )
-from batch_app.engine.vllm_process import CoreProcess
+from batch_app.engine.vllm_process import CoreLostGpu, CoreProcess
 from batch_app.errors import EngineDied, EngineError, EngineLoadError
 
 
@@ -120,11 +121,11 @@ class CoreClient(EngineClient):  # type: ignore[misc]
 
         Raises:
             EngineLoadError: the core could not load the model.
+            CoreLostGpu: it could not, because it was forked.
             EngineDied: the core process ended.
         """
         assert self._core_loaded is not None
         loaded = await self._core_loaded
-        self._process.is_loaded = True
         as_expected = (
             self._supported_tasks == loaded.supported_tasks
             and self.model_config.max_model_len == loaded.max_model_len
@@ -157,7 +158,9 @@ class CoreClient(EngineClient):  # type: ignore[misc]
                 waiter = self._waiters.get(key)
                 if waiter is not None:
                     waiter.put(output)
-        elif isinstance(message, CoreLoaded):
+            return
+        self._process.is_loading = False
+        if isinstance(message, CoreLoaded):
             if self._core_loaded is not None and not self._core_loaded.done():
                 self._core_loaded.set_result(message)
         elif isinstance(message, CoreLoadFailed):
@@ -166,6 +169,8 @@ class CoreClient(EngineClient):  # type: ignore[misc]
                     message.message, retriable=message.retriable, too_large=message.too_large
                 )
             )
+        elif isinstance(message, GpuLostInFork):
+            self.fail(CoreLostGpu(message.message))
         elif isinstance(message, CoreFailed):
             self.fail(EngineDied(f"the engine failed: {message.message}"))
 

@@ -1,9 +1,9 @@
-"""vLLM's engine in a process of its own, forked from the one that prepares requests.
+"""vLLM's engine in a process of its own, started by the one that prepares requests.
 
 The parent templates and tokenises requests and shapes answers (`vllm_client`); this process does
 nothing but step the engine. vLLM has such a split of its own, which sends every token of every
 step through the socket and starts its process anew. Here tokens become text where they are made,
-so that only what is finished crosses, and the fork costs no second import (`vllm_process`).
+so that only what is finished crosses, and a fork costs no second import (`vllm_process`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import multiprocessing
 import os
 import pickle
-import select
 import signal
 import socket
 import time
@@ -23,15 +23,17 @@ from typing import Any
 
 from batch_app.core import LimitsTried
 from batch_app.engine.base import EngineStats
+from batch_app.engine.vllm_core_line import CoreLine
+from batch_app.engine.vllm_core_start import is_lost_in_fork
 from batch_app.engine.vllm_messages import (
-    LENGTH,
-    RECEIVE_BYTES,
     Abort,
     Add,
     Configure,
     CoreFailed,
     CoreLoaded,
     CoreLoadFailed,
+    FromCore,
+    GpuLostInFork,
     Stepped,
     ToCore,
     framed,
@@ -43,16 +45,20 @@ from batch_app.errors import EngineLoadError
 Explain = Callable[[BaseException, LimitsTried | None], EngineLoadError]
 
 STATS_EVERY_S = 0.25
+#: As vLLM's own loop pauses.
+STALLED_S = 0.001
+_END_WORKERS_S = 5.0
 
 
-def serve_core(sock: socket.socket, explain: Explain) -> int:
+def serve_core(sock: socket.socket, explain: Explain, *, was_forked: bool) -> int:
     """Load what the first message says, then step until the line ends. Returns an exit code.
 
-    Sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`.
+    Sends `CoreLoaded`, or `CoreLoadFailed` in the words of `explain`, or `GpuLostInFork`. Ends the
+    processes that vLLM started for it.
     """
     with contextlib.suppress(ValueError):  # not where a test forks from another thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    line = _Line(sock)
+    line = CoreLine(sock)
     wanted: Configure | None = None
     try:
         _import_ahead()
@@ -62,19 +68,32 @@ def serve_core(sock: socket.socket, explain: Explain) -> int:
         core = _Core(wanted, line)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - put into words by `explain`
         traceback.print_exc()
-        failed = explain(error, wanted and wanted.started_with)
-        line.put(framed(CoreLoadFailed(failed.message, failed.retriable, failed.too_large)))
-        line.flush()
-        return 1
+        failure: FromCore
+        if was_forked and is_lost_in_fork(error):
+            failure = GpuLostInFork(f"{type(error).__name__}: {error}"[:500])
+        else:
+            failed = explain(error, wanted and wanted.started_with)
+            failure = CoreLoadFailed(failed.message, failed.retriable, failed.too_large)
+        return _fail(line, failure)
     line.put(framed(core.loaded()))
     try:
         core.run()
+        core.end_workers()
     except Exception as error:  # noqa: BLE001 - whatever it was, the engine can't go on
         traceback.print_exc()
-        line.put(framed(CoreFailed(f"{type(error).__name__}: {error}"[:500])))
-        line.flush()
-        return 1
+        return _fail(line, CoreFailed(f"{type(error).__name__}: {error}"[:500]))
     return 0
+
+
+def _fail(line: CoreLine, failure: FromCore) -> int:
+    line.put(framed(failure))
+    line.flush()
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(_END_WORKERS_S / len(workers))
+    return 1
 
 
 def _import_ahead() -> None:
@@ -90,7 +109,7 @@ def _import_ahead() -> None:
 class _Core:
     """The engine and what is counted of it."""
 
-    def __init__(self, wanted: Configure, line: _Line) -> None:
+    def __init__(self, wanted: Configure, line: CoreLine) -> None:
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -110,14 +129,16 @@ class _Core:
         )
         self.engine = engine
         self.vllm_config = vllm_config
-        # The scheduler's readings come at each step. Those of vLLM's front end would take a few
-        # calls for each token; the few sums that we want of them are made in `_get_output`.
-        engine.logger_manager = self.readings
+        # The scheduler's readings come at each step, to `_step`. Those of vLLM's front end would
+        # take a few calls for each token, and its loggers update dozens of metrics at every step.
+        engine.logger_manager = None
         engine.log_stats = engine.output_processor.log_stats = False
         # Keys are unique already: no random suffix, whose system call gives the lock away.
         engine.input_processor.assign_request_id = _keep_request_id
-        self._vllms_get_output = engine.engine_core.get_output
-        engine.engine_core.get_output = self._get_output
+        self._engine_core = engine.engine_core.engine_core
+        self._vllms_step = self._engine_core.step_fn
+        self._engine_core.step_fn = self._step
+        self._has_executed = False
         # What is there now stays: no collection need ever look at it again.
         gc.collect()
         gc.freeze()
@@ -133,12 +154,13 @@ class _Core:
         """Step until the line ends. Raises whatever the engine raises."""
         next_stats = 0.0
         busy = False
+        wait_s: float | None = None
         while True:
-            messages = self.line.exchange(wait=not busy)
+            messages = self.line.exchange(wait_s)
             if messages is None:
                 return
             outputs = self._take(messages)
-            if self.engine.has_unfinished_requests():
+            if self._has_work():
                 outputs += [(output.request_id, output) for output in self.engine.step()]
             was_busy, busy = busy, self.engine.has_unfinished_requests()
             if not busy:
@@ -147,6 +169,36 @@ class _Core:
             if outputs or was_busy > busy or now >= next_stats:
                 self.line.put(_framed_step(outputs, self.readings.snapshot()))
                 next_stats = now + STATS_EVERY_S
+            wait_s = self._wait_s()
+
+    def end_workers(self) -> None:
+        """Have vLLM end its workers, where there are several. A core alone may just end."""
+        if multiprocessing.active_children():
+            self.engine.engine_core.shutdown()
+
+    def _has_work(self) -> bool:
+        """Whether to step: as in vLLM's own loop, also for what only the scheduler has left.
+
+        With asynchronous scheduling a step's outputs come one step later, so that one may be on its
+        way although no request is left, the last having been aborted.
+        """
+        core = self._engine_core
+        return bool(
+            self.engine.has_unfinished_requests()
+            or core.batch_queue
+            or core.scheduler.has_requests()
+        )
+
+    def _wait_s(self) -> float | None:
+        """How long to wait for a message before the next step; None: for ever, nothing is left.
+
+        Where nothing could be scheduled (all wait for their grammars to be compiled, or for a
+        transfer), whoever works on that needs Python, which a loop without a pause would hold.
+        """
+        if not self._has_work():
+            return None
+        stalled = not self._has_executed and self._engine_core.scheduler.has_requests()
+        return STALLED_S if stalled else 0.0
 
     def _take(self, messages: list[ToCore]) -> list[tuple[str, Any]]:
         """Do as told; the exceptions of the requests that the engine would not have."""
@@ -175,9 +227,17 @@ class _Core:
             addition.key, request, request.params, prompt_text=addition.prompt_text
         )
 
-    def _get_output(self) -> Any:
-        outputs = self._vllms_get_output()
+    def _step(self) -> tuple[Any, bool]:
+        """vLLM's own step, and count its outputs. It returns None where they come with the next."""
+        outputs, self._has_executed = self._vllms_step()
+        # By client; this is the only one.
+        if outputs and (ours := outputs.get(0)):
+            self._count(ours)
+        return outputs, self._has_executed
+
+    def _count(self, outputs: Any) -> None:
         readings = self.readings
+        readings.record(outputs.scheduler_stats)
         waiting = self._prompt_tokens
         for output in outputs.outputs:
             readings.generation_tokens += len(output.new_token_ids)
@@ -187,7 +247,6 @@ class _Core:
                 readings.prompt_tokens += waiting.pop(key, 0)
             for event in output.events or ():
                 readings.preemptions += event.type.name == "PREEMPTED"
-        return outputs
 
 
 def _keep_request_id(request: Any) -> None:
@@ -198,7 +257,7 @@ def _framed_step(outputs: list[tuple[str, Any]], stats: EngineStats) -> bytes:
     try:
         frame = framed(Stepped(outputs, stats))
         if any(isinstance(output, Exception) for _, output in outputs):
-            pickle.loads(frame[LENGTH.size :])  # noqa: S301 - our own: some don't come back
+            next(unframed(bytearray(frame)))  # some don't come back
         return frame
     except Exception:  # noqa: BLE001 - exceptions have constructors of any kind
         plain = [
@@ -209,10 +268,7 @@ def _framed_step(outputs: list[tuple[str, Any]], stats: EngineStats) -> bytes:
 
 
 class StatsReading:
-    """Stands in for vLLM's stat loggers: keeps the latest reading and the sums, nothing else.
-
-    vLLM's own would update a few dozen Prometheus metrics at every step.
-    """
+    """The latest reading of the scheduler, and the sums over all of them."""
 
     def __init__(self) -> None:
         self.num_running = 0
@@ -225,24 +281,20 @@ class StatsReading:
         self.kv_cache_usage = 0.0
         self.steps = 0
 
-    def record(self, scheduler_stats: Any = None, **_: Any) -> None:
+    def record(self, scheduler_stats: Any) -> None:
+        """Of one step, or None where it made no reading."""
+        if scheduler_stats is None:
+            return
         self.steps += 1
-        if scheduler_stats is not None:
-            self.num_running = scheduler_stats.num_running_reqs
-            self.num_waiting = scheduler_stats.num_waiting_reqs + getattr(
-                scheduler_stats, "num_skipped_waiting_reqs", 0
-            )
-            self.kv_cache_usage = scheduler_stats.kv_cache_usage
-            prefix = scheduler_stats.prefix_cache_stats
-            if prefix is not None:
-                self.prefix_queries += prefix.queries
-                self.prefix_hits += prefix.hits
-
-    def log(self, *_: Any, **__: Any) -> None:
-        """vLLM's cue to print a line. We print none."""
-
-    def record_sleep_state(self, *_: Any, **__: Any) -> None:
-        """The engine never sleeps here."""
+        self.num_running = scheduler_stats.num_running_reqs
+        self.num_waiting = scheduler_stats.num_waiting_reqs + getattr(
+            scheduler_stats, "num_skipped_waiting_reqs", 0
+        )
+        self.kv_cache_usage = scheduler_stats.kv_cache_usage
+        prefix = scheduler_stats.prefix_cache_stats
+        if prefix is not None:
+            self.prefix_queries += prefix.queries
+            self.prefix_hits += prefix.hits
 
     def rest(self) -> None:
         """Nothing is left to do: no step will say so."""
@@ -262,62 +314,3 @@ class StatsReading:
             steps_total=self.steps,
             at_s=time.monotonic(),
         )
-
-
-class _Line:
-    """The core's end. Sending never waits for the other side to read, except in `flush`."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._socket = sock
-        self._received = bytearray()
-        self._unsent = bytearray()
-
-    def put(self, data: bytes) -> None:
-        self._unsent += data
-        self._send()
-
-    def flush(self) -> None:
-        """Wait until all is sent, or nobody is there to read it."""
-        with contextlib.suppress(OSError):
-            while self._unsent:
-                select.select((), (self._socket,), ())
-                self._send()
-
-    def receive_first(self) -> Configure | None:
-        """Wait for what to load. None when the line has ended before."""
-        for message in self.exchange(wait=True) or ():
-            if isinstance(message, Configure):
-                return message
-        return None
-
-    def exchange(self, *, wait: bool) -> list[ToCore] | None:
-        """What has come, after at least one message if `wait`. None when the line has ended."""
-        messages: list[ToCore] = []
-        while True:
-            writing = (self._socket,) if self._unsent else ()
-            readable, writable, _ = select.select(
-                (self._socket,), writing, (), None if wait and not messages else 0
-            )
-            if writable:
-                self._send()
-            if not readable:
-                if wait and not messages:
-                    continue
-                return messages
-            try:
-                data = self._socket.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                continue
-            except OSError:
-                return None
-            if not data:
-                return None
-            self._received += data
-            for batch in unframed(self._received):
-                messages += batch
-
-    def _send(self) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            while self._unsent:
-                del self._unsent[: self._socket.send(self._unsent)]

@@ -51,10 +51,13 @@ def register() -> bool:
 
 def prefer(config: Any) -> None:
     """Have this configuration of vLLM's take them, where it compiles nothing and the platform's
-    choice, or a user's, is the plain version."""
+    choice, or a user's, is the plain version. Not where vLLM's workers are processes of their own:
+    those that it spawns know nothing of our kernels, and would refuse to load."""
     from vllm.config.compilation import CompilationMode
 
     if config.compilation_config.mode != CompilationMode.NONE:
+        return
+    if config.parallel_config.distributed_executor_backend != "uni":
         return
     priorities = config.kernel_config.ir_op_priority
     for name in _OPS:
