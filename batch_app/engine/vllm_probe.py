@@ -1,44 +1,19 @@
 """What vLLM, torch and CUDA say of this machine, asked without loading a model. For self-checks.
 
-CUDA may be initialised by `device_facts` and `product_is_exact`, never by anything else here.
+CUDA may be initialized by `device_facts` and `product_is_exact`, never by anything else here.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import traceback
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from batch_app.engine.lifeline import die_with_parent
 
-#: What `cuDeviceGetCount` returns as long as nobody has called `cuInit`.
-CUDA_ERROR_NOT_INITIALIZED = 3
-_CUDA_DRIVER = "libcuda.so.1"
 #: So large that a GPU computes it with its tensor cores.
 _MATRIX_SIZE = 512
-
-
-@dataclass(frozen=True, slots=True)
-class CudaState:
-    """What this process has done with the GPU so far.
-
-    `device_count_status` is what `cuDeviceGetCount` returns; None without NVIDIA's driver library.
-    """
-
-    torch_initialized: bool
-    device_count_status: int | None
-    nvml_loaded: bool
-    num_threads: int
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether a process forked from this one can use CUDA."""
-        untouched = self.device_count_status in (None, CUDA_ERROR_NOT_INITIALIZED)
-        return untouched and not self.torch_initialized
 
 
 def import_engine() -> None:
@@ -46,27 +21,6 @@ def import_engine() -> None:
     from batch_app.engine.vllm import import_libraries
 
     import_libraries()
-
-
-def cuda_state() -> CudaState:
-    """Look at this process. Initialises nothing."""
-    import torch
-
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
-    return CudaState(
-        bool(torch.cuda.is_initialized()),
-        _device_count_status(),
-        "libnvidia-ml" in maps,
-        len(list(Path("/proc/self/task").iterdir())),
-    )
-
-
-def _device_count_status() -> int | None:
-    try:
-        driver = ctypes.CDLL(_CUDA_DRIVER)
-    except OSError:
-        return None
-    return int(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())))
 
 
 def versions() -> dict[str, str | None]:
@@ -82,7 +36,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device_facts() -> dict[str, Any]:
-    """What torch says of the first GPU; empty if it can use none. Initialises CUDA."""
+    """What torch says of the first GPU; empty if it can use none. Initializes CUDA."""
     import torch
 
     if not torch.cuda.is_available():

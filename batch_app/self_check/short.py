@@ -37,13 +37,13 @@ def short_steps(*, num_requests: int = _NUM_REQUESTS, doctor: bool = False) -> t
         ),
         Step(
             "before-fork",
-            "Importing the engine's libraries doesn't initialise CUDA",
+            "Importing the engine's libraries doesn't initialize CUDA",
             f"{package}.forking:before_the_fork",
             budget_s=60,
         ),
         Step(
-            "fork",
-            "A forked process without a network computes on the device",
+            "compute",
+            "A process started as the engine's core computes on the device, without a network",
             f"{package}.forking:compute_in_isolation",
             budget_s=90,
         ),
