@@ -27,13 +27,15 @@ Report = Mapping[str, Any]
 
 
 def load_reports(folder: Path) -> list[Report]:
-    """All reports of a folder and of those in it, in the order of the workloads.
+    """The reports on workloads of a folder and of those in it, in the order of the workloads.
 
     `plot` is where the picture of a report lies, if there is one beside it.
     """
     reports = []
     for path in sorted(folder.rglob("*.json")):
         report = json.loads(path.read_text())
+        if "workload" not in report:  # another benchmark's
+            continue
         if path.with_suffix(".svg").is_file():
             report["plot"] = path.with_suffix(".svg")
         reports.append(report)

@@ -1,8 +1,9 @@
 """Models made on the spot, so that a benchmark needs no model hub.
 
-`tiny`: random weights, a Qwen3 of 4 layers and hidden size 128. `gemma`: the shape of Gemma 3 4B
-without any weights, for `--load-format dummy`. Each with a byte-level BPE tokenizer in which every
-word of `text.WORDS` is one token.
+`tiny`: random weights, a Qwen3 of 4 layers and hidden size 128. The others have no weights, for
+`--load-format dummy`: `gemma` is the shape of Gemma 3 4B, `qwen3-0.6b` that of Qwen3 0.6B, and
+`gemma-small` and `qwen3-small` are these with few and narrow layers, for a CPU. Each has a
+byte-level BPE tokenizer in which every word of `text.WORDS` is one token.
 
     python -m benchmarks.peer.models tiny FOLDER
 """
@@ -18,7 +19,6 @@ from typing import Any
 
 from benchmarks.peer.text import WORDS
 
-KINDS = ("tiny", "gemma")
 SEED = 20251123
 VOCAB_SIZE = 4096
 #: Rises when what is made here changes, so that no older one is taken for it.
@@ -53,6 +53,41 @@ GEMMA_CONFIG: dict[str, Any] = {
     "pad_token_id": 0,
 }
 
+QWEN3_CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 1_000_000, "rope_type": "default"},
+    "rope_theta": 1_000_000,  # where transformers is older than the line above
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+    "dtype": "bfloat16",
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+}
+#: Models without weights, by kind.
+SHAPES: dict[str, dict[str, Any]] = {
+    "gemma": GEMMA_CONFIG,
+    "gemma-small": {**GEMMA_CONFIG, **_SMALL, "vocab_size": 16384},
+    "qwen3-0.6b": QWEN3_CONFIG,
+    "qwen3-small": {**QWEN3_CONFIG, **_SMALL},
+}
+
 
 def ready(kind: str, folder: Path) -> Path:
     """The folder of this model; made there, in a process of its own, unless it is there already."""
@@ -71,8 +106,9 @@ def make(kind: str, target: Path) -> None:
         _write_tokenizer(target, VOCAB_SIZE)
         _write_tiny(target)
     else:
-        _write_tokenizer(target, GEMMA_CONFIG["vocab_size"])
-        (target / "config.json").write_text(json.dumps(GEMMA_CONFIG, indent=2) + "\n")
+        config = SHAPES[kind]
+        _write_tokenizer(target, config["vocab_size"])
+        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _write_tiny(target: Path) -> None:
