@@ -106,6 +106,15 @@ class LineError:
     param: str | None = None
 
 
+def is_success(status_code: int | None) -> bool:
+    """Return whether a request that was answered with this status counts as completed.
+
+    Only 200 does; all others count as failed, a redirect and another 2xx, too. None: the request
+    has no response.
+    """
+    return status_code == 200
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """Tokens of one result, or summed over many."""

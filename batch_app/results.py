@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from batch_app.core import Progress, TokenCounts
+from batch_app.core import Progress, TokenCounts, is_success
 from batch_app.errors import ResultsLogError, StorageFull
 from batch_app.faults import crash_point
 from batch_app.files import NO_ROOM, sync_dir
@@ -395,7 +395,7 @@ class ResultsLog:
             self._offset[number] = frame.offset
             self._length[number] = frame.length
             self._status[number] = frame.status_code
-            if frame.status_code == 200:
+            if is_success(frame.status_code):
                 completed += 1
             else:
                 failed += 1

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 
 from batch_app.client.connection import PAUSES_S, Connection
+from batch_app.core import is_success
 from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, StoreUnavailable
 
 
@@ -79,7 +80,7 @@ def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
         problem = ResultError(error.get("code") or "error", error["message"], status)
     elif response is None:
         problem = ResultError("no_response", "The request has no response.")
-    elif status is not None and status >= 400:
+    elif not is_success(status):
         detail = (body or {}).get("error") or {}
         code = detail.get("code") or detail.get("type") or status
         problem = ResultError(str(code), str(detail.get("message") or f"status {status}"), status)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Collection, Iterable, Sequence
 
 import msgspec
 
-from batch_app.core import Endpoint
+from batch_app.core import Endpoint, is_success
 from batch_app.engine.base import EngineRequest, Outcome
 from batch_app.engine.usage import usage_of
 from batch_app.engine.vllm_client import CoreClient, RequestRecord, current_record
@@ -230,7 +230,7 @@ class VllmRequests:
 
 
 def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:
-    if status != 200:
+    if not is_success(status):
         return Outcome(number, status, body)
     tokens, _ = usage_of(body)
     return Outcome(
