@@ -201,6 +201,7 @@ class Keeper:
                 ),
                 self._line(delivery),
                 delivery.copied,
+                outcome.finish_reason,
             )
         self._log.commit()
         for delivery in deliveries:

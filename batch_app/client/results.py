@@ -15,6 +15,9 @@ from batch_app.client.connection import PAUSES_S, Connection
 from batch_app.core import is_success
 from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, StoreUnavailable
 
+#: What a request's limit may be called, the one that counts first.
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+
 
 @dataclass(frozen=True, slots=True)
 class ResultError:
@@ -47,9 +50,32 @@ class Result:
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop`, `length` or another, where the endpoint says so."""
-        choice = _first(self.body, "choices") if self.ok else None
-        return choice.get("finish_reason") if choice else None
+        """`stop`, `length` or another, where the endpoint says so: of the first choice.
+
+        Of the Responses API: `length` for an answer that is incomplete for want of tokens.
+        """
+        body = self.body if self.ok and self.body else {}
+        choice = _first(body, "choices")
+        if choice is not None:
+            return choice.get("finish_reason")
+        if body.get("object") != "response":
+            return None
+        reason = (body.get("incomplete_details") or {}).get("reason")
+        if reason is not None:
+            return "length" if reason == "max_output_tokens" else str(reason)
+        return "stop" if body.get("status") == "completed" else body.get("status")
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of an answer that was cut off: the tokens that it was allowed, as far as is known."""
+        if self.finish_reason != "length":
+            return None
+        asked = (self.request or {}).get("body") or {}
+        limits = [asked.get(name) for name in _LIMITS]
+        limits.append((self.body or {}).get("max_output_tokens"))
+        if len((self.body or {}).get("choices") or [None]) == 1:
+            limits.append(self.tokens("completion"))
+        return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def tokens(self, kind: str) -> int | None:
         """`prompt` or `completion` tokens, where the answer counts them."""
