@@ -104,6 +104,8 @@ def _what_can_be_read(body: bytes) -> _Body:
 
 def _finish_reason(said: _Body) -> FinishReason | None:
     if said.choices is not None:
+        if len(said.choices) == 1 and (only := said.choices[0].finish_reason):
+            return _FINISH_REASONS.get(only, FinishReason.OTHER)
         reasons: Iterable[str | None] = {choice.finish_reason for choice in said.choices}
     elif said.object == "response" and said.status is not None:
         reason = said.incomplete_details.reason if said.incomplete_details else None
