@@ -20,6 +20,7 @@ from pathlib import Path
 import orjson
 
 from batch_app.core import utc_now
+from batch_app.json_lines import escape_line_separators
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class AuditLog:
                 line["refusals_not_written"], self._unwritten = self._unwritten, 0
             try:
                 self._rotate()
-                self._append(orjson.dumps(line) + b"\n")
+                self._append(escape_line_separators(orjson.dumps(line)) + b"\n")
             except OSError as error:
                 logger.warning("The audit log can't be written: %s", error.strerror)
 

@@ -43,6 +43,17 @@ def pace_text(finished_per_s: float, written_per_s: float) -> str:
     return f"{finished_per_s:,.0f} tokens/s."
 
 
+def truncated_text(num: int) -> str:
+    """`12 cut off at max_tokens`: of answers whose finish reason is `length`."""
+    return f"{num:,} cut off at max_tokens"
+
+
+def failed_and_truncated(failed: int, truncated: int) -> str:
+    """`, 2 failed, 12 cut off at max_tokens`: to follow what is done; empty where both are 0."""
+    text = f", {failed:,} failed" if failed else ""
+    return text + (f", {truncated_text(truncated)}" if truncated else "")
+
+
 class BatchLog:
     """Appends to one batch's log. The file appears with the first line."""
 

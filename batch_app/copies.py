@@ -86,4 +86,5 @@ def logged_outcome(log: ResultsLog, number: int) -> Outcome:
         tokens.completion_tokens,
         tokens.cached_tokens,
         tokens.reasoning_tokens,
+        finish_reason=log.finish_reason(number),
     )

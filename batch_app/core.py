@@ -121,6 +121,15 @@ def token_count(value: object) -> int:
     return min(max(value, 0), MAX_TOKENS)
 
 
+def is_success(status_code: int | None) -> bool:
+    """Return whether a request that was answered with this status counts as completed.
+
+    Only 200 does; all others count as failed, a redirect and another 2xx, too. None: the request
+    has no response.
+    """
+    return status_code == 200
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """Tokens of one result, or summed over many."""
@@ -152,6 +161,41 @@ class TokenCounts:
         )
 
 
+class FinishReason(StrEnum):
+    """Why the model ended an answer: OpenAI's values, and `OTHER` for a server's own."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    CONTENT_FILTER = "content_filter"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishReasonCounts:
+    """Completed requests by the finish reason of their answers. Answers without one, such as
+    embeddings, are in none of the counts."""
+
+    stop: int = 0
+    length: int = 0
+    tool_calls: int = 0
+    content_filter: int = 0
+    other: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.stop + self.length + self.tool_calls + self.content_filter + self.other
+
+    def __add__(self, more: FinishReasonCounts) -> FinishReasonCounts:
+        return FinishReasonCounts(
+            self.stop + more.stop,
+            self.length + more.length,
+            self.tool_calls + more.tool_calls,
+            self.content_filter + more.content_filter,
+            self.other + more.other,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a batch is, counting only results that are safely on disk.
@@ -163,10 +207,25 @@ class Progress:
     failed: int = 0
     tokens: TokenCounts = field(default_factory=TokenCounts)
     deduplicated: int = 0
+    finish_reasons: FinishReasonCounts = field(default_factory=FinishReasonCounts)
 
     @property
     def done(self) -> int:
         return self.completed + self.failed
+
+    @property
+    def truncated(self) -> int:
+        """Of the completed requests, those with an answer that was cut off at its `max_tokens`."""
+        return self.finish_reasons.length
+
+    def __add__(self, more: Progress) -> Progress:
+        return Progress(
+            self.completed + more.completed,
+            self.failed + more.failed,
+            self.tokens + more.tokens,
+            self.deduplicated + more.deduplicated,
+            self.finish_reasons + more.finish_reasons,
+        )
 
 
 @dataclass(frozen=True, slots=True)

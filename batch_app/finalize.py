@@ -14,10 +14,11 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import BinaryIO
 
-from batch_app.core import Batch, FilePurpose, StoredFile
+from batch_app.core import Batch, FilePurpose, StoredFile, is_success
 from batch_app.files import DataDir, atomic_writer, derived_file_id, sync_dir
 from batch_app.index import Index
 from batch_app.inputs import InputFile
+from batch_app.json_lines import escape_line_separators
 from batch_app.results import ResultsLog
 from batch_app.shared_files import fetch_input, share_output, share_results
 from batch_app.wire.lines import error_line
@@ -75,7 +76,7 @@ def publish(
     if num_good == len(index):
         with atomic_writer(output_path) as output:
             for number in range(len(index)):
-                output.write(log.read(number) + b"\n")
+                output.write(_line(log, number))
         _same_file(output_path, results_path)
         share_output(data, output_id)
         return Published(_record(output_id, output_path, "output", batch, now), None)
@@ -90,7 +91,7 @@ def publish(
         for number in range(len(index)):
             status = log.status_code(number)
             if status:
-                line = log.read(number) + b"\n"
+                line = _line(log, number)
             elif unfinished is None:
                 raise ValueError(f"Request {number} of {batch.id} has no result.")
             else:
@@ -100,7 +101,7 @@ def publish(
                     + b"\n"
                 )
             results.write(line)
-            if status == 200 and good is not None:
+            if is_success(status) and good is not None:
                 good.write(line)
             else:
                 errors.write(line)
@@ -112,6 +113,11 @@ def publish(
         _record(output_id, output_path, "output", batch, now) if num_good else None,
         _record(errors_id, errors_path, "errors", batch, now),
     )
+
+
+def _line(log: ResultsLog, number: int) -> bytes:
+    """The log may be from before line separators were escaped at their writing."""
+    return escape_line_separators(log.read(number)) + b"\n"
 
 
 def _same_file(existing: Path, name: Path) -> None:

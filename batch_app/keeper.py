@@ -19,7 +19,7 @@ import orjson
 
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
-from batch_app.core import Batch, BatchStatus, Progress, TokenCounts, utc_now
+from batch_app.core import Batch, BatchStatus, Progress, TokenCounts, is_success, utc_now
 from batch_app.engine.base import Outcome
 from batch_app.errors import LeaseLost, StoreUnavailable
 from batch_app.faults import crash_point
@@ -204,10 +204,11 @@ class Keeper:
                 ),
                 self._line(delivery),
                 delivery.copied,
+                outcome.finish_reason,
             )
         self._log.commit()
         for delivery in deliveries:
-            if delivery.outcome.status_code != 200:
+            if not is_success(delivery.outcome.status_code):
                 self._log_failure(delivery)
 
     def _line(self, delivery: Delivery) -> bytes:

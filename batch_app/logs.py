@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from batch_app.errors import BatchAppError
+from batch_app.json_lines import escape_line_separators
 
 _BATCH_ID = re.compile(r"\bbatch_[0-9a-f]{24}\b")
 _ACCESS = "uvicorn.access"
@@ -46,7 +47,10 @@ class JsonFormatter(logging.Formatter):
             line |= {"client": client, "method": method, "path": path, "status": status}
         if record.exc_info:
             line["exception"] = record.exc_text or self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        text = json.dumps(line, ensure_ascii=False, default=str)
+        return escape_line_separators(text.encode(errors="surrogatepass")).decode(
+            errors="surrogatepass"
+        )
 
 
 _is_json = False

@@ -10,7 +10,7 @@ from datetime import datetime
 import numpy as np
 
 from batch_app.benchmarks import BenchmarkPrediction, BenchmarkRecord, record_from_run
-from batch_app.core import Batch, TokenCounts
+from batch_app.core import Batch, TokenCounts, is_success
 from batch_app.engine.base import EngineInfo, EngineStats, Outcome
 from batch_app.forecast.measurement import Reading
 from batch_app.forecast.recording import Recording
@@ -58,7 +58,7 @@ class Tally:
             completion += outcome.completion_tokens
             self.lengths[outcome.completion_tokens] += 1
             cached += outcome.cached_tokens
-            if outcome.status_code == 200:
+            if is_success(outcome.status_code):
                 self.num_succeeded += 1
                 self.line_bytes += length
                 self.recording.finish(

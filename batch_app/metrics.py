@@ -23,6 +23,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from batch_app import __version__
+from batch_app.core import FinishReason
 from batch_app.store import MISSED_HEARTBEATS, ModelLoads, Totals, WorkerRow
 from batch_app.webhooks import DeliveryState
 
@@ -99,11 +100,16 @@ class _Collector(Collector):
         totals = self._reading.totals
         requests: dict[tuple[str, ...], float] = {}
         deduplicated: dict[tuple[str, ...], float] = {}
+        answers: dict[tuple[str, ...], float] = {}
         tokens: dict[tuple[str, ...], float] = {}
         for model, progress in totals.progress.items():
             requests[model, "completed"] = progress.completed
             requests[model, "failed"] = progress.failed
             deduplicated[model,] = progress.deduplicated
+            reasons = progress.finish_reasons
+            for reason in FinishReason:
+                answers[model, reason.value] = getattr(reasons, reason.value)
+            answers[model, "none"] = max(progress.completed - reasons.total, 0)
             counts = progress.tokens
             tokens[model, "prompt"] = counts.prompt_tokens
             tokens[model, "completion"] = counts.completion_tokens
@@ -117,6 +123,12 @@ class _Collector(Collector):
             "Of these, requests that got the answer of an equal one.",
             deduplicated,
             ["model"],
+        )
+        yield _counter(
+            "answers",
+            "Of these, completed requests by finish reason. `length`: cut off at `max_tokens`.",
+            answers,
+            ["model", "finish_reason"],
         )
         yield _counter(
             "tokens",

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 from batch_app import logs
+from batch_app.batch_log import failed_and_truncated
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus
 from batch_app.engine.process import EngineProcess
@@ -202,8 +203,8 @@ def main(
     on_end(batch)
     progress = batch.progress
     if batch.status is BatchStatus.COMPLETED:
-        failed = f", {progress.failed:,} failed" if progress.failed else ""
-        _tell(f"{progress.completed:,} of {batch.total:,} answered{failed}: {output}")
+        more = failed_and_truncated(progress.failed, progress.truncated)
+        _tell(f"{progress.completed:,} of {batch.total:,} answered{more}: {output}")
         return 0
     if batch.is_terminal:
         _tell(f"The run failed: {batch.error_message}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from batch_app.batch_log import BatchLog
+from batch_app.batch_log import BatchLog, truncated_text
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
 from batch_app.engine.process import EngineProcess
@@ -190,6 +190,8 @@ class _Show:
         done, total = batch.progress.done, batch.total
         text = f"{done:,} of {total:,} done ({100 * done / total:.1f}%)"
         text += f", {batch.progress.failed:,} failed"
+        if batch.progress.truncated:
+            text += f", {truncated_text(batch.progress.truncated)}"
         if not done and not batch.is_terminal:
             text = f"Loading {batch.model}, then the first answers …"
         if text != self._said:

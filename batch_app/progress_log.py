@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from batch_app.batch_log import BatchLog, pace_text
+from batch_app.batch_log import BatchLog, pace_text, truncated_text
 from batch_app.core import Progress
 
 
@@ -34,7 +34,9 @@ class ProgressLog:
             self._batch_log.write(
                 f"{progress.done:,} of {self._total:,} done "
                 f"({100 * progress.done / self._total:.1f}%), "
-                f"{progress.failed:,} failed, {num_in_flight:,} in flight, "
+                f"{progress.failed:,} failed, "
+                + (f"{truncated_text(progress.truncated)}, " if progress.truncated else "")
+                + f"{num_in_flight:,} in flight, "
                 + pace_text(
                     (tokens - self._tokens) / passed_s, (written - self._written) / passed_s
                 )

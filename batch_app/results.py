@@ -25,19 +25,32 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 
-from batch_app.core import Progress, TokenCounts
+from batch_app.core import FinishReason, FinishReasonCounts, Progress, TokenCounts, is_success
 from batch_app.errors import ResultsLogError, StorageFull
 from batch_app.faults import crash_point
 from batch_app.files import NO_ROOM, sync_dir
 
 _MAGIC = b"vbr1"
 #: magic, number, status, 4 token counts, payload length; the checksum covers all that and payload.
-#: The status' highest bit says that the answer was copied from another request's.
+#: The status' highest bit says that the answer was copied from another request's; three bits above
+#: the status itself say why the model ended it.
 _HEAD = struct.Struct("<4sIHIIIII")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEAD.size + _CRC.size
 _SEAL_NUMBER = 0xFFFFFFFF
 _COPIED = 0x8000
+_STATUS_BITS = 10
+_STATUS = (1 << _STATUS_BITS) - 1
+#: By their code in a frame; 0 is no reason, or a frame from before there were any. Only append.
+_FINISH_REASONS = (
+    None,
+    FinishReason.STOP,
+    FinishReason.LENGTH,
+    FinishReason.TOOL_CALLS,
+    FinishReason.CONTENT_FILTER,
+    FinishReason.OTHER,
+)
+_FINISH_CODES = {reason: code for code, reason in enumerate(_FINISH_REASONS)}
 _MAX_PAYLOAD_BYTES = 1 << 30
 _NAME = re.compile(r"results-\d{8,}-\d{4,}\.log")
 _SCAN_BYTES = 8 << 20
@@ -52,6 +65,7 @@ class Frame(NamedTuple):
     offset: int
     length: int
     copied: bool = False
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +81,18 @@ class Segment:
 
 
 def encode_frame(
-    number: int, status_code: int, tokens: TokenCounts, payload: bytes, copied: bool = False
+    number: int,
+    status_code: int,
+    tokens: TokenCounts,
+    payload: bytes,
+    copied: bool = False,
+    finish_reason: FinishReason | None = None,
 ) -> bytes:
     """A frame's bytes, header and payload."""
     head = _HEAD.pack(
         _MAGIC,
         number,
-        status_code | (_COPIED if copied else 0),
+        status_code | _FINISH_CODES[finish_reason] << _STATUS_BITS | (_COPIED if copied else 0),
         tokens.prompt_tokens,
         tokens.completion_tokens,
         tokens.cached_tokens,
@@ -142,12 +161,18 @@ def _decode(window: bytes, begin: int, window_start: int) -> Frame | None:
         return None
     return Frame(
         number,
-        status & ~_COPIED,
+        status & _STATUS,
         (prompt, completion, cached, reasoning),
         window_start + payload_at,
         length,
         bool(status & _COPIED),
+        _finish_reason(status),
     )
+
+
+def _finish_reason(status: int) -> FinishReason | None:
+    code = (status & ~_COPIED) >> _STATUS_BITS
+    return _FINISH_REASONS[code] if code < len(_FINISH_REASONS) else FinishReason.OTHER
 
 
 def _next_frame(descriptor: int, position: int, end: int) -> int | None:
@@ -259,6 +284,10 @@ class ResultsLog:
         """What a done request used. Raises as `read`."""
         return TokenCounts(*self._whole(number)[0].tokens)
 
+    def finish_reason(self, number: int) -> FinishReason | None:
+        """Of a done request's answer. Raises as `read`."""
+        return self._whole(number)[0].finish_reason
+
     def read(self, number: int) -> bytes:
         """The output line of a done request, without its line feed.
 
@@ -294,13 +323,16 @@ class ResultsLog:
         tokens: TokenCounts,
         payload: bytes,
         copied: bool = False,
+        finish_reason: FinishReason | None = None,
     ) -> None:
         """Take a result into the next commit. A second result of a request is dropped.
 
         Counts beyond what a frame can hold are taken as the nearest that it can: the answer counts.
         """
         tokens = tokens.of_one_result()
-        self._buffer.append(encode_frame(number, status_code, tokens, payload, copied))
+        self._buffer.append(
+            encode_frame(number, status_code, tokens, payload, copied, finish_reason)
+        )
         self._pending.append(
             Frame(
                 number,
@@ -314,6 +346,7 @@ class ResultsLog:
                 self._written + HEADER_BYTES,
                 len(payload),
                 copied,
+                finish_reason,
             )
         )
         self._written += HEADER_BYTES + len(payload)
@@ -388,9 +421,9 @@ class ResultsLog:
         self._segments.append(Segment(segment.path, scan.good_length))
 
     def _count(self, frames: list[Frame], which: int) -> None:
-        completed, failed = self.progress.completed, self.progress.failed
-        copied = self.progress.deduplicated
+        completed = failed = copied = 0
         tokens = [0, 0, 0, 0]
+        finish_reasons = dict.fromkeys(FinishReason, 0)
         for frame in frames:
             number = frame.number
             if self._segment_of[number]:
@@ -399,15 +432,22 @@ class ResultsLog:
             self._offset[number] = frame.offset
             self._length[number] = frame.length
             self._status[number] = frame.status_code
-            if frame.status_code == 200:
+            if is_success(frame.status_code):
                 completed += 1
+                if frame.finish_reason is not None:
+                    finish_reasons[frame.finish_reason] += 1
             else:
                 failed += 1
             copied += frame.copied
             for position, count in enumerate(frame.tokens):
                 tokens[position] += count
-        tokens_before = self.progress.tokens
-        self.progress = Progress(completed, failed, tokens_before + TokenCounts(*tokens), copied)
+        self.progress += Progress(
+            completed,
+            failed,
+            TokenCounts(*tokens),
+            copied,
+            FinishReasonCounts(**{reason.value: num for reason, num in finish_reasons.items()}),
+        )
 
     def _begin_segment(self, epoch: int) -> None:
         attempt = 1

@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import TypeVar
 
-import orjson
-
 from batch_app.batch_log import BatchLog
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, FilePurpose, Idempotency, StoredFile
@@ -27,6 +25,7 @@ from batch_app.files import (
     wake_workers,
 )
 from batch_app.intake import index_file
+from batch_app.json_lines import escape_line_separators
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.registry import ModelRegistry
 from batch_app.shared_files import (
@@ -39,6 +38,7 @@ from batch_app.shared_files import (
 from batch_app.store import Store
 from batch_app.validation import intake_rules, window_end
 from batch_app.webhooks import Webhook, new_webhook_id
+from batch_app.wire.lines import has_failed
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def retry_batch(
             source = folder / "input.jsonl"
             with source.open("wb") as file:
                 try:
-                    file.writelines(_failed_lines(input_path, results_path))
+                    file.writelines(failed_lines(input_path, results_path))
                 except FileNotFoundError:  # just now
                     raise NotFound(f"Files of {batch.id} were deleted.", param="batch_id") from None
             summary = index_file(source, folder, intake_rules(batch, settings, registry))
@@ -172,15 +172,13 @@ def _same_webhook(webhook: Webhook | None, again: Batch) -> Webhook | None:
     return replace(webhook, id=new_webhook_id(), batch_id=again.id, created_at=again.created_at)
 
 
-def _failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:
-    """The input's lines whose result isn't a 200. Both files are in the same order; only the input
+def failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:
+    """The input's lines whose requests failed. Both files are in the same order; only the input
     may have blank lines, and a byte order mark."""
     with input_path.open("rb") as inputs, results_path.open("rb") as results:
         start = len(codecs.BOM_UTF8)
         inputs.seek(start if inputs.read(start) == codecs.BOM_UTF8 else 0)
         requests = (line for line in inputs if not line.isspace())
         for request, raw in zip(requests, results, strict=True):
-            result = orjson.loads(raw)
-            response = result["response"]
-            if response is None or response["status_code"] != 200:
-                yield request.rstrip(b"\r\n") + b"\n"
+            if has_failed(raw):
+                yield escape_line_separators(request.rstrip(b"\r\n")) + b"\n"

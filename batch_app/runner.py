@@ -23,7 +23,7 @@ import numpy as np
 from batch_app import tracing
 from batch_app.ahead import first_requests
 from batch_app.appraisal import planning_of
-from batch_app.batch_log import BatchLog
+from batch_app.batch_log import BatchLog, truncated_text
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
 from batch_app.config import Settings
@@ -451,6 +451,7 @@ class _Run:
             f"failed of {len(self._index):,}; {progress.tokens.total_tokens:,} tokens"
             + (f", {speed:,.0f} tokens/s" if speed else "")
             + (f", {progress.deduplicated:,} deduplicated" if progress.deduplicated else "")
+            + (f", {truncated_text(progress.truncated)}" if progress.truncated else "")
             + f". Files written in {written_s:.1f} s."
         )
         if to in (BatchStatus.COMPLETED, BatchStatus.FAILED):

@@ -19,7 +19,7 @@ HERE = {
 }
 
 lines = []
-for line in Path(__file__).with_name("questions.jsonl").read_text().splitlines():
+for line in Path(__file__).with_name("questions.jsonl").read_bytes().splitlines():
     request = json.loads(line)
     request |= {"method": "POST", "url": "/v1/chat/completions"}
     request["body"]["model"] = MODEL

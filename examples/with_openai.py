@@ -14,7 +14,7 @@ client = OpenAI(base_url=f"{SERVER}/v1", api_key=os.environ.get("VLLM_BATCH_API_
 
 # In OpenAI's dialect each line names its model, method and URL.
 lines = []
-for line in Path(__file__).with_name("questions.jsonl").read_text().splitlines():
+for line in Path(__file__).with_name("questions.jsonl").read_bytes().splitlines():
     request = json.loads(line)
     request |= {"method": "POST", "url": "/v1/chat/completions"}
     request["body"]["model"] = MODEL

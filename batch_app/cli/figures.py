@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from itertools import pairwise
 
+from batch_app.batch_log import failed_and_truncated
 from batch_app.client import Batch, Estimate
 from batch_app.core import utc_now
 
@@ -62,10 +63,10 @@ def seconds_left(batch: Batch, now: datetime | None = None) -> float | None:
 
 
 def share(batch: Batch) -> str:
-    """`340 of 1,000 done (34.0%), 2 failed`."""
+    """`340 of 1,000 done (34.0%), 2 failed, 12 cut off at max_tokens`."""
     progress = batch.progress
-    failed = f", {progress.failed:,} failed" if progress.failed else ""
-    return f"{progress.done:,} of {progress.total:,} done ({progress.percent:.1f}%){failed}"
+    done = f"{progress.done:,} of {progress.total:,} done ({progress.percent:.1f}%)"
+    return done + failed_and_truncated(progress.failed, progress.truncated)
 
 
 def ending(batch: Batch) -> str:
@@ -74,9 +75,9 @@ def ending(batch: Batch) -> str:
     took = ""
     if batch.started_at and batch.ended_at:
         took = f" in {duration((batch.ended_at - batch.started_at).total_seconds())}"
-    failed = f", {progress.failed:,} failed" if progress.failed else ""
+    more = failed_and_truncated(progress.failed, progress.truncated)
     reason = f": {batch.error_message}" if batch.error_message else ""
     if batch.status != "completed":
-        return f"❌ {batch.id} {batch.status}{reason} ({progress.completed:,} answered{failed})"
+        return f"❌ {batch.id} {batch.status}{reason} ({progress.completed:,} answered{more})"
     mark = "⚠️ " if progress.failed else "✅"
-    return f"{mark} {batch.id} completed{took}: {progress.completed:,} answered{failed}"
+    return f"{mark} {batch.id} completed{took}: {progress.completed:,} answered{more}"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from batch_app.batch_log import truncated_text
 from batch_app.cli.inputs import Delimiter, Format, IdColumn, table_of
 from batch_app.cli.options import Json
 from batch_app.cli.remote import SECTION, ApiKey, BatchId, Server, connected
@@ -140,4 +141,6 @@ def save(
         )
     failed = f", {written.num_failed:,} without an answer" if written.num_failed else ""
     unparsed = f", {written.num_unparsed:,} not a JSON object" if written.num_unparsed else ""
+    if written.num_truncated:
+        unparsed += f" ({truncated_text(written.num_truncated)})"
     say(f"Results: {target} ({written.num_rows:,} rows{failed}{unparsed})")

@@ -97,7 +97,11 @@ def run(
     def on_end(batch: Batch) -> None:
         if as_json:
             progress = batch.progress
-            counts = {"completed": progress.completed, "failed": progress.failed}
+            counts = {
+                "completed": progress.completed,
+                "failed": progress.failed,
+                "truncated": progress.truncated,
+            }
             facts = {"output": str(output), "status": batch.status.value, "total": batch.total}
             show_json(facts | counts | {"error": batch.error_message})
 

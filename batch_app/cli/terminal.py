@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from batch_app.doctor.finding import Finding
+from batch_app.json_lines import escape_line_separators
 
 _STYLES = {
     "completed": "green",
@@ -38,7 +39,8 @@ def show(text: str) -> None:
 
 def show_json(value: object, *, compact: bool = False) -> None:
     """Data as JSON, on standard output; `compact`: in one line."""
-    print(orjson.dumps(value, option=0 if compact else orjson.OPT_INDENT_2).decode(), flush=True)
+    text = orjson.dumps(value, option=0 if compact else orjson.OPT_INDENT_2)
+    print(escape_line_separators(text).decode(), flush=True)
 
 
 def show_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -36,11 +36,13 @@ Results = Callable[[], Iterator[Result]]
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a table of answers has. `num_unparsed`: answers that are no JSON object."""
+    """What a table of answers has. `num_unparsed`: answers that are not a JSON object;
+    `num_truncated`: of these, answers that were cut off at `max_tokens`."""
 
     num_rows: int
     num_failed: int
     num_unparsed: int
+    num_truncated: int = 0
 
 
 def write_answers(
@@ -68,7 +70,7 @@ def write_answers(
     types: dict[str, type] = {names.of[name]: kind for name, kind in _RESULT_COLUMNS.items()}
     types |= dict(parsed.values())
     part = target.with_name(f".{target.name}.part")
-    num_rows = num_failed = num_unparsed = 0
+    num_rows = num_failed = num_unparsed = num_truncated = 0
     try:
         with _writer(kind, part, columns, types, table) as write:
             for values, result in _pairs(results(), table, id_column):
@@ -77,10 +79,12 @@ def write_answers(
                 num_rows += 1
                 num_failed += answer.is_failed
                 num_unparsed += answer.is_unparsed
+                if answer.is_unparsed and result is not None:
+                    num_truncated += result.finish_reason == "length"
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    return Written(num_rows, num_failed, num_unparsed)
+    return Written(num_rows, num_failed, num_unparsed, num_truncated)
 
 
 class _Names:
@@ -122,12 +126,20 @@ def _answer(
         return _Answer(values)
     found = _parsed(result)
     if found is None:
-        values[names.of["error"]] = "the answer is no JSON object"
+        values[names.of["error"]] = f"the answer is not a JSON object{_cut_off(result)}"
         return _Answer(values, is_unparsed=True)
     for key, value in found.items():
         column, kind = parsed[key]
         values[column] = _as(kind, value)
     return _Answer(values)
+
+
+def _cut_off(result: Result) -> str:
+    """` (cut off at max_tokens=60)`; empty for an answer that was not cut off."""
+    if result.finish_reason != "length":
+        return ""
+    limit = "" if result.max_tokens is None else f"={result.max_tokens}"
+    return f" (cut off at max_tokens{limit})"
 
 
 def _said(result: Result) -> str:

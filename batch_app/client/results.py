@@ -12,7 +12,11 @@ from typing import Any
 import orjson
 
 from batch_app.client.connection import PAUSES_S, Connection
+from batch_app.core import is_success
 from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, StoreUnavailable
+
+#: What a request's limit may be called, the one that counts first.
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +50,33 @@ class Result:
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop`, `length` or another, where the endpoint says so."""
-        choice = _first(self.body, "choices") if self.ok else None
-        reason = choice.get("finish_reason") if choice else None
-        return reason if isinstance(reason, str) else None
+        """`stop`, `length` or another, where the endpoint says so: of the first choice.
+
+        Of the Responses API: `length` for an answer that is incomplete for want of tokens.
+        """
+        body = _object(self.body) if self.ok else {}
+        choice = _first(body, "choices")
+        if choice is not None:
+            return _text_or_none(choice.get("finish_reason"))
+        if body.get("object") != "response":
+            return None
+        reason = _text_or_none(_object(body.get("incomplete_details")).get("reason"))
+        if reason is not None:
+            return "length" if reason == "max_output_tokens" else reason
+        return "stop" if body.get("status") == "completed" else _text_or_none(body.get("status"))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Of an answer that was cut off: the tokens that it was allowed, as far as is known."""
+        if self.finish_reason != "length":
+            return None
+        asked, body = _object(_object(self.request).get("body")), _object(self.body)
+        limits = [asked.get(name) for name in _LIMITS]
+        limits.append(body.get("max_output_tokens"))
+        choices = body.get("choices")
+        if not isinstance(choices, list) or len(choices) == 1:
+            limits.append(self.tokens("completion"))
+        return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def tokens(self, kind: str) -> int | None:
         """`prompt` or `completion` tokens, where the answer counts them."""
@@ -70,6 +97,10 @@ class Result:
         return orjson.loads(_without_fence(self.text))
 
 
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
     """From a line of the results."""
     said = orjson.loads(line)
@@ -81,7 +112,7 @@ def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
         problem = ResultError(error.get("code") or "error", error["message"], status)
     elif response is None:
         problem = ResultError("no_response", "The request has no response.")
-    elif status is not None and status >= 400:
+    elif not is_success(status):
         said_why = _object(body).get("error")
         detail = _object(said_why)
         code = detail.get("code") or detail.get("type") or status

@@ -21,6 +21,7 @@ import orjson
 import zstandard
 
 from batch_app.errors import BadRequest
+from batch_app.json_lines import escape_line_separators
 
 BLOCK_BYTES = 1 << 20
 STDIN = "-"
@@ -57,7 +58,7 @@ class Source:
         if isinstance(requests, bytes):
             return cls.spooled("requests.jsonl", [requests])
         lines = (
-            orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+            escape_line_separators(orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY)) + b"\n"
             for request in requests
         )
         return cls.spooled("requests.jsonl", lines)

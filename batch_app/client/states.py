@@ -12,12 +12,16 @@ FINISHED = frozenset({"completed", "failed", "cancelled", "expired"})
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Requests by what became of them. `percent` reaches 100.0 only when all are done."""
+    """Requests by what became of them. `percent` reaches 100.0 only when all are done.
+
+    `truncated`: of the completed ones, those with an answer that was cut off at its `max_tokens`.
+    """
 
     total: int
     completed: int
     failed: int
     percent: float
+    truncated: int = 0
 
     @property
     def done(self) -> int:
@@ -50,7 +54,9 @@ class Batch:
     """A batch, as it was when the server was asked.
 
     `status`: `pending`, `running`, `completed`, `failed`, `cancelled` or `expired`. `model` is
-    empty where each line names its own. Times are aware, in UTC.
+    empty where each line names its own. Times are aware, in UTC. `finish_reasons`: the completed
+    requests by why the model ended their answers: `stop`, `length` (cut off), `tool_calls`,
+    `content_filter`, `other`, `none`.
     """
 
     id: str
@@ -68,6 +74,7 @@ class Batch:
     estimate: Estimate | None
     usage: Usage | None
     raw: Mapping[str, Any] = field(repr=False)
+    finish_reasons: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_finished(self) -> bool:
@@ -100,7 +107,11 @@ def batch_of(body: Mapping[str, Any]) -> Batch:
         model=body["model"],
         status=body["status"],
         progress=Progress(
-            progress["total"], progress["completed"], progress["failed"], progress["percent"]
+            progress["total"],
+            progress["completed"],
+            progress["failed"],
+            progress["percent"],
+            progress.get("truncated") or 0,
         ),
         created_at=created_at,
         started_at=_moment(body["started_at"]),
@@ -122,6 +133,7 @@ def batch_of(body: Mapping[str, Any]) -> Batch:
             )
         ),
         raw=body,
+        finish_reasons=body.get("finish_reasons") or {},
     )
 
 

@@ -24,6 +24,7 @@ import orjson
 from batch_app.client.source import Source
 from batch_app.core import LineError
 from batch_app.errors import BadLines, BadRequest
+from batch_app.json_lines import escape_line_separators
 
 MAX_CELL_CHARS = 16 << 20
 MAX_ERRORS_KEPT = 100
@@ -342,7 +343,7 @@ def requests_of(table: Table, prompt: Prompt) -> Source:
                 continue
             num_requests += 1
             if not num_errors:
-                yield orjson.dumps(request, option=orjson.OPT_APPEND_NEWLINE)
+                yield escape_line_separators(orjson.dumps(request)) + b"\n"
 
     source = Source.spooled(table.source.name, lines())
     if num_errors or not num_requests:

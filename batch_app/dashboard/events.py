@@ -23,6 +23,7 @@ from starlette.responses import Response, StreamingResponse
 
 from batch_app.dashboard.device import Device
 from batch_app.dashboard.feed import Feed, Seen
+from batch_app.json_lines import escape_line_separators
 from batch_app.keys import Caller
 from batch_app.routes.services import caller, checked_batch_id, services
 
@@ -114,4 +115,5 @@ async def stream(
 
 def event(name: str, data: dict[str, Any]) -> bytes:
     """JSON has no raw line feeds, so whatever stands in it stays within its line."""
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
+    text = escape_line_separators(orjson.dumps(data))
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), text)

@@ -19,8 +19,9 @@ from batch_app.core import Batch
 from batch_app.errors import ObjectsUnavailable
 from batch_app.files import DataDir
 from batch_app.results import iter_results
-from batch_app.routes.downloads import has_failed, lines_of_file
+from batch_app.routes.downloads import lines_of_file
 from batch_app.shared_files import fetch_output
+from batch_app.wire.lines import has_failed
 
 #: What is read at most. A batch may have millions of failures; the first ones tell why.
 MAX_FAILURES = 20_000

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
 
+from batch_app.batch_log import truncated_text
 from batch_app.core import Batch, BatchStatus, Sample, Waiting
 from batch_app.dashboard.formats import between, count, duration, iso, ordinal, plural
 from batch_app.estimates import Estimate
@@ -93,6 +94,7 @@ class BatchView:
     percent_text: str
     counts: str
     failed: str
+    truncated: str
     speed: str
     eta: str
     done_at: str
@@ -183,6 +185,7 @@ def batch_view(
             f"{count(progress.done)} of {count(batch.total)}" if batch.total else "not counted yet"
         ),
         failed=f"{count(progress.failed)} failed" if progress.failed else "",
+        truncated=truncated_text(progress.truncated) if progress.truncated else "",
         speed=f"{count(speed)} tokens/s" if speed else "",
         eta=eta,
         done_at=done_at,

@@ -81,6 +81,12 @@ batches = Table(
     Column("completed", BigInteger, nullable=False, default=0),
     Column("failed", BigInteger, nullable=False, default=0),
     Column("deduplicated", BigInteger, nullable=False, default=0),
+    # Completed requests by the finish reason of their answers, as `core.FinishReasonCounts`.
+    Column("finish_stop", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("finish_length", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("finish_tool_calls", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("finish_content_filter", BigInteger, nullable=False, default=0, server_default="0"),
+    Column("finish_other", BigInteger, nullable=False, default=0, server_default="0"),
     Column("prompt_tokens", BigInteger, nullable=False, default=0),
     Column("completion_tokens", BigInteger, nullable=False, default=0),
     Column("cached_tokens", BigInteger, nullable=False, default=0),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from batch_app import __version__
 from batch_app.config import load_settings
-from batch_app.core import utc_now
+from batch_app.core import is_success, utc_now
 from batch_app.doctor.engine import look_at_engine, look_at_versions
 from batch_app.doctor.finding import Finding, State, fail, ok, warn
 from batch_app.doctor.models import check_model
@@ -128,7 +128,7 @@ def _loaded(
     except EngineError as error:
         yield fail(subject, error.message, "submit a batch, and read data/logs/engine.log")
         return
-    if outcomes and outcomes[0].status_code == 200:
+    if outcomes and is_success(outcomes[0].status_code):
         yield ok(subject, f"{name} answered with {outcomes[0].completion_tokens} tokens")
     else:
         code = outcomes[0].status_code if outcomes else f"nothing in {_ANSWER_S:.0f} s"

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from batch_app.core import LimitsTried
+from batch_app.core import FinishReason, LimitsTried
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,6 +59,9 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     body's `usage`, repeated here so that nobody has to parse it again.
 
     Where `error_code` is set there is no response at all, and `body` is the error's message.
+
+    `finish_reason`: of a response; of several choices, `LENGTH` if any was cut off. None where the
+    endpoint knows none.
     """
 
     number: int
@@ -69,6 +72,7 @@ class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cached_tokens: int = 0
     reasoning_tokens: int = 0
     error_code: str = ""
+    finish_reason: FinishReason | None = None
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -34,7 +34,7 @@ from batch_app.engine.retries import BUSY, is_worth_another_try, pause_s
 from batch_app.engine.server_answers import understood
 from batch_app.engine.server_bodies import SHORTEST, body_to_send, refusal, with_our_name
 from batch_app.engine.server_client import Answer, NoAnswer, ServerClient
-from batch_app.engine.usage import usage_of
+from batch_app.engine.usage import read_answer
 from batch_app.errors import (
     ConfigError,
     EngineDied,
@@ -327,7 +327,7 @@ class OpenAIEngine(Engine):
     def _outcome(self, number: int, answer: Answer) -> Outcome:
         if answer.status != 200:
             return Outcome(number, answer.status, answer.body)
-        tokens, tells_cached = usage_of(answer.body)
+        tokens, tells_cached, finish_reason = read_answer(answer.body)
         self._counts["prompt"] += tokens.prompt_tokens
         self._counts["generation"] += tokens.completion_tokens
         if tells_cached:
@@ -341,6 +341,7 @@ class OpenAIEngine(Engine):
             completion_tokens=tokens.completion_tokens,
             cached_tokens=tokens.cached_tokens,
             reasoning_tokens=tokens.reasoning_tokens,
+            finish_reason=finish_reason,
         )
 
     # -- does the server work? -----------------------------------------------------------------

@@ -30,7 +30,7 @@ from typing import Any
 import orjson
 
 from batch_app import __version__
-from batch_app.core import Endpoint, EngineLimits, LimitsTried, LoadRetry
+from batch_app.core import Endpoint, EngineLimits, FinishReason, LimitsTried, LoadRetry
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -234,17 +234,26 @@ class SimEngine(Engine):
             )
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
         said = words if limit is None else words[:limit]
-        response = self._response(request, " ".join(said), len(words), len(said))
+        finish_reason = FinishReason.LENGTH if len(said) < len(words) else FinishReason.STOP
+        response = self._response(
+            request, " ".join(said), len(words), len(said), finish_reason.value
+        )
         return Outcome(
             number=request.number,
             status_code=200,
             body=orjson.dumps(response),
             prompt_tokens=len(words),
             completion_tokens=len(said),
+            finish_reason=finish_reason,
         )
 
     def _response(
-        self, request: EngineRequest, text: str, prompt_tokens: int, completion_tokens: int
+        self,
+        request: EngineRequest,
+        text: str,
+        prompt_tokens: int,
+        completion_tokens: int,
+        finish_reason: str,
     ) -> dict[str, Any]:
         chat = request.endpoint == Endpoint.CHAT_COMPLETIONS
         content = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
@@ -253,7 +262,7 @@ class SimEngine(Engine):
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self._spec.name,
-            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": "stop"}],
+            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}],
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": completion_tokens,

@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Collection, Iterable, Sequence
 
 import msgspec
 
-from batch_app.core import Endpoint
+from batch_app.core import Endpoint, is_success
 from batch_app.engine.base import EngineRequest, Outcome
-from batch_app.engine.usage import usage_of
+from batch_app.engine.usage import read_answer
 from batch_app.engine.vllm_client import CoreClient, RequestRecord, current_record
 from batch_app.engine.vllm_serving import OpenAIApp, error_body
 
@@ -230,9 +230,9 @@ class VllmRequests:
 
 
 def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Outcome:
-    if status != 200:
+    if not is_success(status):
         return Outcome(number, status, body)
-    tokens, _ = usage_of(body)
+    tokens, _, finish_reason = read_answer(body)
     return Outcome(
         number,
         status,
@@ -241,4 +241,5 @@ def _outcome(number: int, status: int, body: bytes, record: RequestRecord) -> Ou
         completion_tokens=tokens.completion_tokens,
         cached_tokens=record.cached_tokens,
         reasoning_tokens=tokens.reasoning_tokens,
+        finish_reason=finish_reason,
     )

@@ -8,16 +8,17 @@ from enum import StrEnum
 from pathlib import Path
 
 import anyio
-import orjson
 from starlette.concurrency import run_in_threadpool
 
 from batch_app.core import Batch
 from batch_app.files import DataDir
+from batch_app.json_lines import escape_line_separators
 from batch_app.keys import Caller
 from batch_app.result_copies import results_so_far
 from batch_app.results import iter_results
 from batch_app.routes.services import Services
 from batch_app.shared_files import fetch_logs, in_order
+from batch_app.wire.lines import has_failed
 
 BLOCK_BYTES = 256 * 1024
 FOLLOW_INTERVAL_S = 0.25
@@ -29,13 +30,6 @@ LAST_ROUNDS = 2
 class ResultFilter(StrEnum):
     COMPLETED = "completed"
     FAILED = "failed"
-
-
-def has_failed(line: bytes) -> bool:
-    """Whether an output line stands for a request without a good answer."""
-    result = orjson.loads(line)
-    response = result.get("response")
-    return response is None or result.get("error") is not None or response["status_code"] >= 400
 
 
 def selected(lines: Iterable[bytes], wanted: ResultFilter | None) -> Iterator[bytes]:
@@ -55,10 +49,12 @@ def lines_of_file(path: Path) -> Iterator[bytes]:
 
 
 def in_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines as a file has them, in pieces large enough to be worth a switch of threads."""
+    """The lines as a file has them, in pieces large enough to be worth a switch of threads.
+
+    Lines may be from before line separators were escaped at their writing."""
     block = bytearray()
     for line in lines:
-        block += line
+        block += escape_line_separators(line)
         block += b"\n"
         if len(block) >= BLOCK_BYTES:
             yield bytes(block)

@@ -22,7 +22,14 @@ from batch_app.objects import Objects
 from batch_app.routes.answers import JSONL, json_answer
 from batch_app.routes.errors import json_response
 from batch_app.routes.services import Services
-from batch_app.routes.transfer import FileDownload, accepts_gzip, gzipped, is_known
+from batch_app.routes.transfer import (
+    VARIES,
+    FileDownload,
+    accepts_gzip,
+    gzipped,
+    is_known,
+    kept_headers,
+)
 from batch_app.wire.errors import error_body
 
 Link = Literal["redirect", "json"]
@@ -95,8 +102,12 @@ def download(
     path: Path,
     made_at: datetime,
     headers: dict[str, str],
+    *,
+    may_compress: bool,
 ) -> Response:
     """A file that never changes: the copy under `path` if there is one, else the object.
+
+    `may_compress`: with gzip, for clients that accept it.
 
     Raises FileNotFoundError, ObjectsUnavailable.
     """
@@ -105,14 +116,20 @@ def download(
     except FileNotFoundError:
         if data.objects is None:
             raise
-        return _from_store(request, data.objects, name, made_at, headers)
+        return _from_store(request, data.objects, name, made_at, headers, may_compress=may_compress)
     if data.objects is not None:  # the same from every server, whenever its copy was made
         headers = headers | _validators(name, known.st_size, made_at)
-    return FileDownload(path, known, headers, JSONL)
+    return FileDownload(path, known, headers, JSONL, may_compress=may_compress)
 
 
 def _from_store(
-    request: Request, objects: Objects, name: str, made_at: datetime, headers: dict[str, str]
+    request: Request,
+    objects: Objects,
+    name: str,
+    made_at: datetime,
+    headers: dict[str, str],
+    *,
+    may_compress: bool,
 ) -> Response:
     """As `FileDownload`, but that of several ranges at once the whole is sent."""
     size = objects.size(name)
@@ -120,16 +137,16 @@ def _from_store(
     etag = validators["etag"]
     gzip_etag = f'{etag[:-1]}-gzip"'
     asked = request.headers
-    compresses = accepts_gzip(asked) and "range" not in asked
+    compresses = may_compress and accepts_gzip(asked) and "range" not in asked
     headers = {
         **headers,
         **validators,
-        "vary": "Accept-Encoding",
+        **(VARIES if may_compress else {}),
         "etag": gzip_etag if compresses else etag,
     }
-    if is_known(asked, {etag, gzip_etag}, headers["last-modified"]):
-        kept = {key: headers[key] for key in ("last-modified", "vary", "etag")}
-        return Response(status_code=304, headers=kept)
+    etags = {etag, gzip_etag} if may_compress else {etag}
+    if is_known(asked, etags, headers["last-modified"]):
+        return Response(status_code=304, headers=kept_headers(headers))
     if compresses:
         headers["content-encoding"] = "gzip"
         blocks = iter(()) if request.method == "HEAD" else gzipped(_begun(objects, name, 0, size))

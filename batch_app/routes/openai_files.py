@@ -149,8 +149,8 @@ def get_file(request: Request, file_id: str) -> Response:
     response_class=Response,
     responses={
         200: {
-            "description": "The file's bytes, as they were uploaded or published. "
-            "Compressed where `Accept-Encoding` names gzip and no `Range` is asked for.",
+            "description": "The file's bytes, as they were uploaded or published, and never "
+            "compressed, whatever `Accept-Encoding` says.",
             "content": {JSONL: {"schema": {"type": "string"}}, **LINK_CONTENT},
         },
         **a_part_of("the file"),
@@ -169,7 +169,7 @@ def get_content(request: Request, file_id: str, link: Link | None = LINK) -> Res
     name, path = file_name(file), _path(own.data, file)
     try:
         return download_link(own, name, link) or download(
-            request, own.data, name, path, file.created_at, headers
+            request, own.data, name, path, file.created_at, headers, may_compress=False
         )
     except FileNotFoundError:
         raise NotFound(f"The content of {file.id} is gone.", param="file_id") from None

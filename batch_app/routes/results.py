@@ -86,7 +86,13 @@ def get_results(
             _require_live(own, batch)  # another machine may have deleted what is still here
         if wanted is None:
             return download_link(own, name, link) or download(
-                request, own.data, name, path, batch.ended_at or batch.created_at, headers
+                request,
+                own.data,
+                name,
+                path,
+                batch.ended_at or batch.created_at,
+                headers,
+                may_compress=True,
             )
         path = fetch_results_file(own.data, batch)
         path.stat()

@@ -1,6 +1,8 @@
 """How bytes reach a client: whole files with ranges and validators, and gzip where it is asked for.
 
-A file goes out as it is, with its length, unless the client accepts gzip and asks for no range.
+A file of the native routes goes out as it is, with its length, unless the client accepts gzip and
+asks for no range. A file of the OpenAI dialect always does: OpenAI sends those uncompressed, and
+clients in between (proxies that put a bucket before this server) take the bytes for the file's.
 What is compressed has an entity tag of its own, so that a range can never be glued to it.
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
@@ -24,29 +26,38 @@ from batch_app.wire.errors import error_body
 BLOCK_BYTES = 1 << 20
 #: The fastest: a client on the same machine would otherwise wait for the compression.
 GZIP_LEVEL = 1
+#: Of what may be compressed on its way, for caches.
+VARIES = {"vary": "Accept-Encoding"}
 _GZIP_WINDOW = 31  # zlib's way to say "the largest window, in a gzip file"
 
 
 class FileDownload(FileResponse):
     """A file that never changes, to GET or HEAD.
 
-    Answers `Range` (also with `If-Range`), `If-None-Match`, `If-Modified-Since` and
-    `Accept-Encoding: gzip`; the last one only where no range is asked for. A range beyond the
-    file's end is a 416 in the shape of every refusal, with `content-range`; a Range header that
-    means nothing is as good as none (RFC 9110, 14.2).
+    Answers `Range` (also with `If-Range`), `If-None-Match`, `If-Modified-Since` and, with
+    `may_compress`, `Accept-Encoding: gzip`; the last one only where no range is asked for. A range
+    beyond the file's end is a 416 in the shape of every refusal, with `content-range`; a Range
+    header that means nothing is as good as none (RFC 9110, 14.2).
     """
 
     chunk_size = BLOCK_BYTES
 
     def __init__(
-        self, path: Path, stat_result: os.stat_result, headers: dict[str, str], media_type: str
+        self,
+        path: Path,
+        stat_result: os.stat_result,
+        headers: dict[str, str],
+        media_type: str,
+        *,
+        may_compress: bool,
     ) -> None:
         super().__init__(
             path,
-            headers={**headers, "vary": "Accept-Encoding"},
+            headers=headers | (VARIES if may_compress else {}),
             media_type=media_type,
             stat_result=stat_result,
         )
+        self._may_compress = may_compress
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope)
@@ -83,9 +94,10 @@ class FileDownload(FileResponse):
         """What is sent instead of the bytes as they are; None where it is them."""
         etag = self.headers["etag"]
         gzip_etag = f'{etag[:-1]}-gzip"'
-        compresses = accepts_gzip(asked) and "range" not in asked
-        if is_known(asked, {etag, gzip_etag}, self.headers["last-modified"]):
-            kept = {name: self.headers[name] for name in ("last-modified", "vary")}
+        compresses = self._may_compress and accepts_gzip(asked) and "range" not in asked
+        etags = {etag, gzip_etag} if self._may_compress else {etag}
+        if is_known(asked, etags, self.headers["last-modified"]):
+            kept = kept_headers(self.headers)
             kept["etag"] = gzip_etag if compresses else etag
             return Response(status_code=304, headers=kept)
         if not compresses:
@@ -98,6 +110,11 @@ class FileDownload(FileResponse):
         headers |= {"etag": gzip_etag, "content-encoding": "gzip"}
         blocks = () if method == "HEAD" else gzipped(blocks_of_file(Path(self.path)))
         return StreamingResponse(blocks, headers=headers, media_type=self.media_type)
+
+
+def kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Those of a file that a 304 repeats, where it has them."""
+    return {name: headers[name] for name in ("last-modified", "vary", "etag") if name in headers}
 
 
 def is_known(asked: Headers, etags: set[str], last_modified: str) -> bool:
@@ -119,7 +136,7 @@ def streamed(
     request: Request, blocks: Iterable[bytes], headers: dict[str, str], media_type: str
 ) -> Response:
     """An answer of unknown length, compressed where the client accepts that."""
-    headers = {**headers, "vary": "Accept-Encoding"}
+    headers = headers | VARIES
     if accepts_gzip(request.headers):
         headers["content-encoding"] = "gzip"
         blocks = gzipped(blocks)

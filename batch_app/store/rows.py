@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy import Row
@@ -13,6 +13,7 @@ from batch_app.core import (
     BatchStatus,
     Dialect,
     FilePurpose,
+    FinishReasonCounts,
     LineError,
     Progress,
     StoredFile,
@@ -23,6 +24,17 @@ from batch_app.core import (
 
 Values = dict[str, Any]
 
+_FINISH = "finish_"
+_FINISH_REASONS = tuple(field.name for field in fields(FinishReasonCounts))
+_TOKENS = tuple(field.name for field in fields(TokenCounts))
+PROGRESS_COLUMNS = (
+    "completed",
+    "failed",
+    "deduplicated",
+    *_TOKENS,
+    *(_FINISH + name for name in _FINISH_REASONS),
+)
+
 
 def progress_values(progress: Progress) -> Values:
     return {
@@ -30,7 +42,21 @@ def progress_values(progress: Progress) -> Values:
         "failed": progress.failed,
         "deduplicated": progress.deduplicated,
         **asdict(progress.tokens),
+        **{_FINISH + name: num for name, num in asdict(progress.finish_reasons).items()},
     }
+
+
+def to_progress(values: Mapping[str, Any]) -> Progress:
+    """From the columns of `PROGRESS_COLUMNS`, whose sums a database may give as decimals."""
+    return Progress(
+        completed=int(values["completed"]),
+        failed=int(values["failed"]),
+        deduplicated=int(values["deduplicated"]),
+        tokens=TokenCounts(**{name: int(values[name]) for name in _TOKENS}),
+        finish_reasons=FinishReasonCounts(
+            **{name: int(values[_FINISH + name]) for name in _FINISH_REASONS}
+        ),
+    )
 
 
 def batch_values(batch: Batch) -> Values:
@@ -50,17 +76,7 @@ def batch_values(batch: Batch) -> Values:
 def to_batch(row: Row[Any] | Mapping[str, Any]) -> Batch:
     values = _values(row)
     del values["seq"]
-    values["progress"] = Progress(
-        completed=values.pop("completed"),
-        failed=values.pop("failed"),
-        deduplicated=values.pop("deduplicated"),
-        tokens=TokenCounts(
-            prompt_tokens=values.pop("prompt_tokens"),
-            completion_tokens=values.pop("completion_tokens"),
-            cached_tokens=values.pop("cached_tokens"),
-            reasoning_tokens=values.pop("reasoning_tokens"),
-        ),
-    )
+    values["progress"] = to_progress({name: values.pop(name) for name in PROGRESS_COLUMNS})
     values["dialect"] = Dialect(values["dialect"])
     values["status"] = BatchStatus(values["status"])
     values["errors"] = tuple(LineError(**error) for error in values["errors"] or ())

@@ -10,9 +10,10 @@ from datetime import datetime
 from sqlalchemy import func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from batch_app.core import BatchStatus, FilePurpose, Progress, TokenCounts
+from batch_app.core import BatchStatus, FilePurpose, Progress
 from batch_app.database import batches, files, model_loads
 from batch_app.store.batches import LEASED, NOT_BEGUN
+from batch_app.store.rows import PROGRESS_COLUMNS, to_progress
 from batch_app.store.transactions import Transactions
 
 
@@ -74,16 +75,7 @@ class TotalsStore(Transactions):
     def totals(self) -> Totals:
         """All of it, in one look. Reads every batch's row."""
         columns = batches.c
-        sums = [
-            columns.total,
-            columns.completed,
-            columns.failed,
-            columns.deduplicated,
-            columns.prompt_tokens,
-            columns.completion_tokens,
-            columns.cached_tokens,
-            columns.reasoning_tokens,
-        ]
+        sums = [columns[name] for name in ("total", *PROGRESS_COLUMNS)]
         unfinished = {status.value for status in (*NOT_BEGUN, *LEASED)}
         num_batches = dict.fromkeys(BatchStatus, 0)
         progress: dict[str, Progress] = {}
@@ -98,21 +90,10 @@ class TotalsStore(Transactions):
                 ).group_by(columns.status, columns.model)
             ):
                 num_batches[BatchStatus(row.status)] += row.num
-                before = progress.get(row.model, Progress())
-                progress[row.model] = Progress(
-                    before.completed + int(row.completed),
-                    before.failed + int(row.failed),
-                    before.tokens
-                    + TokenCounts(
-                        int(row.prompt_tokens),
-                        int(row.completion_tokens),
-                        int(row.cached_tokens),
-                        int(row.reasoning_tokens),
-                    ),
-                    before.deduplicated + int(row.deduplicated),
-                )
+                found = to_progress(row._asdict())
+                progress[row.model] = progress.get(row.model, Progress()) + found
                 if row.status in unfinished:
-                    rest = max(int(row.total) - int(row.completed) - int(row.failed), 0)
+                    rest = max(int(row.total) - found.done, 0)
                     waiting[row.model] = waiting.get(row.model, 0) + rest
             oldest = connection.execute(
                 select(columns.created_at)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,10 +46,25 @@ class _Body(BaseModel):
 
 
 class ProgressBody(_Body):
+    """`truncated`: of the completed requests, those with an answer cut off at `max_tokens`."""
+
     total: int
     completed: int
     failed: int
+    truncated: int
     percent: float
+
+
+class FinishReasonsBody(_Body):
+    """The completed requests by why the model ended their answers. `length`: cut off, of several
+    choices at least one; `none`: the endpoint has no finish reasons (embeddings)."""
+
+    stop: int
+    length: int
+    tool_calls: int
+    content_filter: int
+    other: int
+    none: int
 
 
 class EstimateBody(_Body):
@@ -119,6 +135,7 @@ class BatchBody(_Body):
     provenance: dict[str, Any] | None
     input_file_id: str
     usage: UsageBody | None
+    finish_reasons: FinishReasonsBody
 
 
 class ModelBody(_Body):
@@ -185,6 +202,23 @@ def _tenths(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
 
+def progress_body(batch: Batch) -> ProgressBody:
+    progress = batch.progress
+    return ProgressBody(
+        total=batch.total,
+        completed=progress.completed,
+        failed=progress.failed,
+        truncated=progress.truncated,
+        percent=percent(progress.done, batch.total),
+    )
+
+
+def finish_reasons_body(batch: Batch) -> FinishReasonsBody:
+    counts = batch.progress.finish_reasons
+    none = max(batch.progress.completed - counts.total, 0)
+    return FinishReasonsBody(**asdict(counts), none=none)
+
+
 def usage_body(batch: Batch) -> UsageBody | None:
     """The tokens of the finished requests; None before the first."""
     if not batch.progress.done:
@@ -209,12 +243,7 @@ def batch_body(
         batch_id=batch.id,
         model=batch.model,
         status=STATUS_NAMES[batch.status],
-        progress=ProgressBody(
-            total=batch.total,
-            completed=batch.progress.completed,
-            failed=batch.progress.failed,
-            percent=percent(batch.progress.done, batch.total),
-        ),
+        progress=progress_body(batch),
         created_at=local_time(batch.created_at) or "",
         started_at=local_time(batch.started_at),
         completed_at=local_time(ended_at),
@@ -229,6 +258,7 @@ def batch_body(
         provenance=None if batch.provenance is None else dict(batch.provenance),
         input_file_id=batch.input_file_id,
         usage=usage_body(batch),
+        finish_reasons=finish_reasons_body(batch),
     )
 
 

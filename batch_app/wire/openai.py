@@ -28,10 +28,12 @@ from batch_app.webhooks import Webhook
 from batch_app.wire.errors import LineErrorBody
 from batch_app.wire.native import (
     EstimateBody,
+    FinishReasonsBody,
     ProgressBody,
     UsageBody,
     estimate_body,
-    percent,
+    finish_reasons_body,
+    progress_body,
     usage_body,
 )
 from batch_app.wire.webhooks import (
@@ -180,9 +182,9 @@ class BatchErrorsBody(_Body):
 
 
 class OpenAIBatchBody(_Body):
-    """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
-    the answer of an equal one), `pause_reason` and `webhook` (the one that was made with the batch,
-    in the answer that creates both, with its secret) are this server's own."""
+    """A batch. `progress`, `finish_reasons`, `estimate`, `priority`, `retry_of`, `deduplicated`
+    (requests that got the answer of an equal one), `pause_reason` and `webhook` (the one that was
+    made with the batch, in the answer that creates both, with its secret) are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -207,6 +209,7 @@ class OpenAIBatchBody(_Body):
     usage: UsageBody | None
     metadata: dict[str, str] | None
     progress: ProgressBody
+    finish_reasons: FinishReasonsBody
     estimate: EstimateBody | None
     priority: int
     retry_of: str | None
@@ -315,12 +318,8 @@ def openai_batch_body(
         ),
         usage=usage_body(batch),
         metadata=dict(batch.metadata) if batch.metadata is not None else None,
-        progress=ProgressBody(
-            total=batch.total,
-            completed=progress.completed,
-            failed=progress.failed,
-            percent=percent(progress.done, batch.total),
-        ),
+        progress=progress_body(batch),
+        finish_reasons=finish_reasons_body(batch),
         estimate=estimate_body(estimate),
         priority=batch.priority,
         retry_of=batch.retry_of,

@@ -87,7 +87,7 @@ class Traces:
             sources["azure"] = "a stand-in, generated"
         path = folder / MOONCAKE if folder else None
         if path is not None and path.is_file():
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
             mooncake = [
                 (row["input_length"], row["output_length"], tuple(row["hash_ids"])) for row in lines
             ]

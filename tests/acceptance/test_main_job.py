@@ -167,8 +167,10 @@ def test_a_batch_survives_the_death_of_every_process(
         "total": NUM_REQUESTS,
         "completed": NUM_REQUESTS,
         "failed": 0,
+        "truncated": status["finish_reasons"]["length"],
         "percent": 100.0,
     }
+    assert sum(status["finish_reasons"].values()) == NUM_REQUESTS
     lines = [orjson.loads(line) for line in server.get(status["results_url"]).iter_lines()]
     assert_all_right(lines, questions)
 

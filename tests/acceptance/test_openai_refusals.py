@@ -142,7 +142,13 @@ def test_an_openai_batch_seen_by_the_native_dialect(sdk: Sdk) -> None:
 
     native = sdk.get(f"/v1/batches/{batch.id}", params={"format": "native"}).json()
     assert (native["status"], native["model"]) == ("completed", "sim")
-    assert native["progress"] == {"total": 30, "completed": 30, "failed": 0, "percent": 100.0}
+    assert native["progress"] == {
+        "total": 30,
+        "completed": 30,
+        "failed": 0,
+        "truncated": 0,
+        "percent": 100.0,
+    }
     results = sdk.get(native["results_url"])
     assert done.output_file_id
     assert results.content == sdk.client.files.content(done.output_file_id).content

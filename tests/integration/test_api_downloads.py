@@ -50,6 +50,11 @@ def uploaded(api: Api, num_lines: int) -> tuple[str, bytes]:
     return f"/v1/files/{answer.json()['id']}/content", whole
 
 
+@pytest.fixture
+def results(api: Api) -> tuple[str, bytes]:
+    return finished(api, 12_000)
+
+
 @pytest.fixture(params=[finished, uploaded], ids=["results", "content"])
 def download(request: pytest.FixtureRequest, api: Api) -> tuple[str, bytes]:
     path, whole = request.param(api, 12_000)
@@ -71,11 +76,23 @@ def test_as_it_is_unless_asked(api: Api, download: tuple[str, bytes]) -> None:
         assert int(answer.headers["content-length"]) == len(whole)
         assert "content-encoding" not in answer.headers
         assert answer.headers["accept-ranges"] == "bytes"
-        assert answer.headers["vary"] == "Accept-Encoding"
+        # Of a file's content there is no other form, which a cache would have to keep apart.
+        assert answer.headers.get("vary") == (None if "/files/" in path else "Accept-Encoding")
 
 
-def test_compressed_when_asked(api: Api, download: tuple[str, bytes]) -> None:
-    path, whole = download
+def test_the_content_of_a_file_is_never_compressed(api: Api) -> None:
+    """Clients in between take the bytes for the file's: OpenAI sends them as they are."""
+    path, whole = uploaded(api, 3)
+    for accepted in ("gzip", "gzip, deflate, br", "gzip;q=1, identity;q=0"):
+        answer = api.get(path, headers={"accept-encoding": accepted}, stream=True)
+        assert raw(answer) == whole
+        assert "content-encoding" not in answer.headers
+        assert int(answer.headers["content-length"]) == len(whole)
+        assert answer.headers["etag"] == api.get(path, headers=PLAIN).headers["etag"]
+
+
+def test_compressed_when_asked(api: Api, results: tuple[str, bytes]) -> None:
+    path, whole = results
     answer = api.get(path, headers=GZIP, stream=True)
     sent = raw(answer)
 
@@ -105,7 +122,7 @@ def test_compressed_when_asked(api: Api, download: tuple[str, bytes]) -> None:
     ],
 )
 def test_what_a_client_may_say(api: Api, accepted: str, compresses: bool) -> None:
-    path, whole = uploaded(api, 3)
+    path, whole = finished(api, 3)
     answer = api.get(path, headers={"accept-encoding": accepted}, stream=True)
     assert ("content-encoding" in answer.headers) == compresses
     sent = raw(answer)
@@ -127,8 +144,8 @@ def test_a_download_that_was_cut_off_is_resumed(api: Api, download: tuple[str, b
         assert answer.headers["etag"] == etag
 
 
-def test_no_range_of_something_else(api: Api, download: tuple[str, bytes]) -> None:
-    path, whole = download
+def test_no_range_of_something_else(api: Api, results: tuple[str, bytes]) -> None:
+    path, whole = results
     compressed = api.get(path, headers=GZIP).headers["etag"]
     for other in (compressed, '"other"', "Mon, 01 Jan 2001 00:00:00 GMT"):
         answer = api.get(path, headers=PLAIN | {"range": "bytes=100-", "if-range": other})

@@ -31,6 +31,7 @@ BATCH_FIELDS = [
     "provenance",
     "input_file_id",
     "usage",
+    "finish_reasons",
 ]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}")
 
@@ -68,7 +69,13 @@ def test_submission_with_requests(api: Api) -> None:
     assert re.fullmatch(r"batch_[0-9a-f]{24}", batch["batch_id"])
     assert batch["model"] == GUIDE_MODEL
     assert batch["status"] == "pending"
-    assert batch["progress"] == {"total": 100, "completed": 0, "failed": 0, "percent": 0.0}
+    assert batch["progress"] == {
+        "total": 100,
+        "completed": 0,
+        "failed": 0,
+        "truncated": 0,
+        "percent": 0.0,
+    }
     assert TIME.fullmatch(batch["created_at"])
     created_at = datetime.fromisoformat(batch["created_at"]).replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=10)
@@ -135,7 +142,13 @@ def test_status_of_running_and_completed(api: Api) -> None:
 
     assert list(running) == BATCH_FIELDS
     assert running["status"] == "running"
-    assert running["progress"] == {"total": 100, "completed": 49, "failed": 1, "percent": 50.0}
+    assert running["progress"] == {
+        "total": 100,
+        "completed": 49,
+        "failed": 1,
+        "truncated": 0,
+        "percent": 50.0,
+    }
     assert TIME.fullmatch(running["started_at"])
     assert running["completed_at"] is running["results_url"] is None
     # Half of them, and the model is loaded.
@@ -152,7 +165,13 @@ def test_status_of_running_and_completed(api: Api) -> None:
     )
     completed = api.get(f"/v1/batches/{batch_id}").json()
     assert completed["status"] == "completed"
-    assert completed["progress"] == {"total": 100, "completed": 100, "failed": 0, "percent": 100.0}
+    assert completed["progress"] == {
+        "total": 100,
+        "completed": 100,
+        "failed": 0,
+        "truncated": 0,
+        "percent": 100.0,
+    }
     assert TIME.fullmatch(completed["completed_at"])
     assert completed["throughput_tokens_per_sec"] == 2487
     assert completed["total_tokens"] == 114620

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from batch_app import __version__
-from batch_app.core import BatchStatus, Progress, TokenCounts
+from batch_app.core import BatchStatus, FinishReasonCounts, Progress, TokenCounts
 from batch_app.errors import StoreUnavailable
 from batch_app.store import WorkerRow
 from integration.api_fixtures import GUIDE_MODEL, Api, input_file
@@ -72,7 +72,7 @@ def test_batches_requests_and_tokens(api: Api) -> None:
     assert batch is not None
     assert batch.id == first
     tokens = TokenCounts(100, 20, 30, 7)
-    api.store.renew(batch, lease_s=30, progress=Progress(4, 1, tokens, 3))
+    api.store.renew(batch, lease_s=30, progress=Progress(4, 1, tokens, 3, FinishReasonCounts(1, 2)))
 
     samples = scrape(api)
     assert value(samples, "batches", status="running") == 1
@@ -82,6 +82,9 @@ def test_batches_requests_and_tokens(api: Api) -> None:
     assert value(samples, "requests_total", model=GUIDE_MODEL, outcome="completed") == 4
     assert value(samples, "requests_total", model=GUIDE_MODEL, outcome="failed") == 1
     assert value(samples, "deduplicated_requests_total", model=GUIDE_MODEL) == 3
+    for reason, number in [("stop", 1), ("length", 2), ("tool_calls", 0), ("none", 1)]:
+        labels = {"model": GUIDE_MODEL, "finish_reason": reason}
+        assert value(samples, "answers_total", **labels) == number
     for kind, number in [("prompt", 100), ("completion", 20), ("cached", 30), ("reasoning", 7)]:
         assert value(samples, "tokens_total", model=GUIDE_MODEL, kind=kind) == number
     assert 0 < value(samples, "oldest_waiting_seconds") < 60
@@ -158,7 +161,7 @@ def test_names_follow_prometheus_s_rules(api: Api) -> None:
     families = list(text_string_to_metric_families(api.get("/metrics").text))
     names = [family.name for family in families]
     assert len(names) == len(set(names))
-    labels = {"model", "status", "state", "outcome", "kind", "version"}
+    labels = {"model", "status", "state", "outcome", "kind", "version", "finish_reason"}
     for family in families:
         assert re.fullmatch(r"vllm_batch_[a-z0-9_]+", family.name), family.name
         assert family.documentation, family.name

@@ -233,6 +233,10 @@ def test_a_file_is_the_same_at_both_servers(two: tuple[Api, Api]) -> None:
         assert beyond.headers["content-range"] == f"bytes */{len(content)}"
         head = api.call("HEAD", path, headers=plain)
         assert head.headers["content-length"] == str(len(content))
+        zipped = api.get(path, headers={"accept-encoding": "gzip"})
+        assert "content-encoding" not in zipped.headers
+        assert zipped.headers["content-length"] == str(len(content))
+        assert zipped.headers["etag"] == etag
     assert not two[1].data.input_file(file_id).exists()
 
 

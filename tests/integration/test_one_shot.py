@@ -125,6 +125,7 @@ def test_it_tells_the_outcome_in_json(place: Place) -> None:
         "total": 3,
         "completed": 3,
         "failed": 0,
+        "truncated": 0,
         "error": None,
     }
 

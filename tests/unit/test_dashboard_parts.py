@@ -13,7 +13,16 @@ from xml.etree import ElementTree
 
 import pytest
 
-from batch_app.core import Batch, BatchStatus, Dialect, Progress, Sample, TokenCounts, Waiting
+from batch_app.core import (
+    Batch,
+    BatchStatus,
+    Dialect,
+    FinishReasonCounts,
+    Progress,
+    Sample,
+    TokenCounts,
+    Waiting,
+)
 from batch_app.dashboard import charts, device, failures, formats
 from batch_app.dashboard.accounts import _end as end_of_key
 from batch_app.dashboard.charts import Look, Run, Theme, Width
@@ -164,6 +173,17 @@ def test_a_batch_of_failures_alone_does_not_look_well() -> None:
     assert (view.label, view.is_bad) == ("Completed", False)
     view = batch_view(replace(ended, progress=Progress(0, 100)), None, **options)  # type: ignore[arg-type]
     assert (view.label, view.is_bad) == ("All failed", True)
+
+
+def test_a_batch_of_truncated_answers_says_so() -> None:
+    options = {"name": "", "line": Line(), "crew": Crew(), "samples": (), "now": NOW}
+    for status in (BatchStatus.RUNNING, BatchStatus.COMPLETED):
+        progress = Progress(3000, finish_reasons=FinishReasonCounts(length=3000))
+        batch = replace(BATCH, status=status, total=3000, progress=progress)
+        view = batch_view(batch, None, **options)  # type: ignore[arg-type]
+        assert view.truncated == "3,000 cut off at max_tokens"
+    view = batch_view(replace(batch, progress=Progress(3000)), None, **options)  # type: ignore[arg-type]
+    assert view.truncated == ""
 
 
 # -- failures --------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import orjson
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batch_app import results
-from batch_app.core import TokenCounts
+from batch_app.core import FinishReason, FinishReasonCounts, Progress, TokenCounts
 from batch_app.errors import ResultsLogError, StorageFull
 from batch_app.results import HEADER_BYTES, ResultsLog, iter_results, live_segments
 
@@ -45,6 +47,62 @@ def test_committed_results_survive_and_appended_ones_do_not(tmp_path: Path) -> N
     assert again.read(1) == line(1)
     assert again.progress.completed == 2
     assert again.progress.tokens == TOKENS + TOKENS
+    again.close()
+
+
+def test_finish_reasons_are_counted_once_whatever_happens(tmp_path: Path) -> None:
+    reasons = [None, *FinishReason]
+    log = ResultsLog(tmp_path, 40, epoch=1)
+    for number in range(12):
+        log.append(number, 200, TOKENS, line(number), number % 2 == 0, reasons[number % 6])
+    wanted = FinishReasonCounts(2, 2, 2, 2, 2)
+    assert log.commit().finish_reasons == wanted
+    assert log.progress.deduplicated == 6
+    # A failure has no answer, and a request that is answered again keeps its first one.
+    log.append(12, 500, TOKENS, line(12), False, FinishReason.LENGTH)
+    log.append(0, 200, TOKENS, line(0), False, FinishReason.LENGTH)
+    assert log.commit().finish_reasons == wanted
+    # What wasn't committed before a crash doesn't count; it will be run again.
+    log.append(20, 200, TOKENS, line(20), False, FinishReason.LENGTH)
+    log.close()
+
+    for epoch in (2, 3):
+        log = reopen(tmp_path, 40, epoch=epoch)
+        assert log.progress.finish_reasons == wanted
+        assert (log.progress.completed, log.progress.failed) == (12, 1)
+        assert [log.finish_reason(number) for number in range(12)] == reasons * 2
+        assert {log.status_code(number) for number in range(12)} == {200}
+        log.close()
+
+
+@pytest.mark.parametrize("status", [100, 200, 307, 599, 999])
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_frame_keeps_apart_what_shares_a_field(tmp_path: Path, status: int, copied: bool) -> None:
+    log = ResultsLog(tmp_path, 6, epoch=1)
+    for number, reason in enumerate([None, *FinishReason]):
+        log.append(number, status, TOKENS, line(number), copied, reason)
+    log.commit()
+    log.close()
+    again = reopen(tmp_path, 6, epoch=2)
+    assert [again.status_code(number) for number in range(6)] == [status] * 6
+    assert [again.finish_reason(number) for number in range(6)] == [None, *FinishReason]
+    assert again.progress.deduplicated == 6 * copied
+    assert (again.progress.completed == 6) == (status == 200)
+    again.close()
+
+
+def test_a_log_from_before_finish_reasons_is_read(tmp_path: Path) -> None:
+    """Its frames have nothing where the reasons stand now."""
+    log = ResultsLog(tmp_path, 2, epoch=1)
+    head = struct.pack("<4sIHIIIII", b"vbr1", 1, 0x8000 | 200, 3, 2, 1, 0, len(line(1)))
+    crc = struct.pack("<I", zlib.crc32(line(1), zlib.crc32(head)))
+    log.close()
+    (path,) = tmp_path.glob("results-*.log")
+    with path.open("ab") as file:
+        file.write(head + crc + line(1))
+    again = reopen(tmp_path, 2, epoch=2)
+    assert (again.status_code(1), again.finish_reason(1)) == (200, None)
+    assert again.progress == Progress(1, 0, TOKENS, 1)
     again.close()
 
 
