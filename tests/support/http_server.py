@@ -45,7 +45,9 @@ class HttpServer:
         return self._socket
 
     def start(self) -> None:
-        config = uvicorn.Config(self.app(), log_config=None, ws="none", lifespan="off")
+        config = uvicorn.Config(
+            self.app(), log_config=None, log_level="critical", ws="none", lifespan="off"
+        )
         server = self._server = uvicorn.Server(config)
         run = server.serve(sockets=[self._bind()])
         self._thread = threading.Thread(target=lambda: asyncio.run(run), daemon=True)
