@@ -56,9 +56,10 @@ screenshots: setup  ## Take the pictures of the dashboard in docs/images (needs 
 	$(PYTHON_IN_VENV) tools/screenshots.py
 
 DATABASE ?= sqlite
-RELIABILITY = docs/reliability$(if $(filter sqlite,$(DATABASE)),,-$(DATABASE)).json
+ENGINE ?= sim
+RELIABILITY = docs/reliability$(if $(filter sqlite,$(DATABASE)),,-$(DATABASE))$(if $(filter sim,$(ENGINE)),,-$(ENGINE)).json
 
-torture: setup  ## Kill and fail everything, TRIALS times (300), from SEED (1), on DATABASE=sqlite|postgresql; RESUME=1 goes on after Ctrl-C; writes docs/reliability*.json
-	PYTHONPATH=tests $(PYTHON_IN_VENV) -m faults.torture --trials $(or $(TRIALS),300) \
-	    --seed $(or $(SEED),1) --database $(DATABASE) --report $(RELIABILITY) $(if $(RESUME),--resume)
+torture: setup  ## Kill and fail everything, TRIALS times (300), from SEED (1), on DATABASE=sqlite|postgresql and ENGINE=sim|vllm; RESUME=1 goes on after Ctrl-C; writes docs/reliability*.json
+	PYTHONPATH=tests:tools $(PYTHON_IN_VENV) -m faults.torture --trials $(or $(TRIALS),300) \
+	    --seed $(or $(SEED),1) --database $(DATABASE) --engine $(ENGINE) --report $(RELIABILITY) $(if $(RESUME),--resume)
 	$(PYTHON_IN_VENV) tools/write_docs.py

@@ -54,6 +54,7 @@ def settings_page() -> str:
 
 REPORT = ROOT / "docs" / "reliability.json"
 REPORT_ON_POSTGRESQL = ROOT / "docs" / "reliability-postgresql.json"
+REPORT_ON_VLLM = ROOT / "docs" / "reliability-vllm.json"
 
 RELIABILITY_HEAD = """\
 # Reliability
@@ -65,13 +66,16 @@ batch](state_machine.md), [decision 1](decisions/0001-results-log-in-sealed-segm
 
 **How it is tried.** `make torture` (`TRIALS=300 SEED=1`) runs trials, each from a seed of its own.
 A trial submits batches of up to 300 requests to real processes, a tenth of them requests that the
-model refuses, and does one of three things: it kills worker, engine, API server or all of them at
-random times; it has a process die at a named crash point (`batch_app/faults.py`); or it has the Nth
+model refuses, and does one of six things. It kills worker, engine, API server or all of them at
+random times. It has a process die at a named crash point (`batch_app/faults.py`). It has the Nth
 write (also torn), fsync, rename, link, opening of a file or commit of the database fail, once or
-for good. Then processes with nothing wrong finish the work, and this must hold: the ids in output
+for good. It breaks the registry in one of seven ways while batches run and wait, and repairs it
+after up to 3 seconds. It has the model hub refuse connections, answer 503 or hang when a model is
+wanted. Or it has a remote server fail a share of the requests for a while, or disappear and return. Then processes with nothing wrong finish the work, and this must hold: the ids in output
 and error file are together those of the input, each once, in order; each answer is the one to its
 own question; the counts match; nothing is left in the work folders; the database is intact. The
-engine is the simulated one. A failing trial says its seed; `--only SEED` repeats it, up to how far
+engine is the simulated one, or real vLLM with the demo model (`make torture ENGINE=vllm TRIALS=30`:
+kills, registry and hub). A failing trial says its seed; `--only SEED` repeats it, up to how far
 the processes happen to be at the moment.
 
 """
@@ -105,6 +109,7 @@ def reliability_page() -> str:
         + "| crash point | deaths there |\n|---|---|\n"
         + rows
         + _on_postgresql()
+        + _on_vllm()
         + RELIABILITY_TAIL
     )
 
@@ -114,7 +119,21 @@ def _what_failed(report: dict[str, Any]) -> str:
         "| | times |\n|---|---|\n"
         + "".join(f"| trials: {kind} | {count} |\n" for kind, count in report["kinds"].items())
         + "".join(f"| killed: {who} | {count} |\n" for who, count in report["killed"].items())
+        + "".join(f"| outage: {what} | {n} |\n" for what, n in report.get("outages", {}).items())
         + "".join(f"| {call} | {n} |\n" for call, n in report["failed_calls"].items())
+    )
+
+
+def _on_vllm() -> str:
+    if not REPORT_ON_VLLM.exists():
+        return ""
+    report = json.loads(REPORT_ON_VLLM.read_text(encoding="utf-8"))
+    return (
+        "\n**On real vLLM** (`make torture ENGINE=vllm TRIALS=30`, the demo model on a CPU). The last "
+        f"report ([reliability-vllm.json](reliability-vllm.json)), of {report['date']}: "
+        f"{report['trials']} trials from seed {report['seed']}, {report['requests']:,} requests, "
+        f"{len(report['failures'])} failures, in {report['seconds']:,} s.\n\n"
+        + _what_failed(report)
     )
 
 

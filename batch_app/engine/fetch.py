@@ -17,6 +17,12 @@ from batch_app.errors import EngineLoadError
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
+def needs_files(spec: ModelSpec) -> bool:
+    """Whether this model's files must be on this machine. The simulated engine reads none, but a
+    hub id as its source is fetched all the same: that can be rehearsed without a real model."""
+    return spec.engine == "vllm" or (spec.engine == "sim" and "/" in spec.source)
+
+
 def local_folder(spec: ModelSpec, timeout_s: float) -> str:
     """The folder of the model's files; downloads them only if they are not in the cache.
 

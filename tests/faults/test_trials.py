@@ -26,6 +26,9 @@ SOURCES = Path(__file__).parents[2] / "batch_app"
         (14, "crash point", "upload-moved"),
         (15, "failing call", ""),
         (16, "failing call", ""),
+        (17, "registry", ""),
+        (18, "hub", ""),
+        (19, "remote server", ""),
     ],
 )
 def test_nothing_is_lost_or_doubled(tmp_path: Path, seed: int, kind: str, what: str) -> None:
@@ -62,7 +65,9 @@ def test_an_interrupted_report_goes_on_where_it_stopped(
 ) -> None:
     ran: list[int] = []
 
-    def run_trial(_servers: object, seed: int, kind: str | None = None, what: str = "") -> Report:
+    def run_trial(
+        _servers: object, _engine: str, seed: int, kind: str | None = None, what: str = ""
+    ) -> Report:
         ran.append(seed)
         hit = what or "killed: worker"
         failure = "lost" if seed % 4 == 0 else None
@@ -83,7 +88,9 @@ def test_an_interrupted_report_goes_on_where_it_stopped(
     torture.main([*flags, "--resume"])
     assert ran == [seed for seed, _, _ in plan[6:]]
     whole = json.loads(path.read_text())
-    assert whole == torture.summed_up([run_trial(None, *one) for one in plan], 3, whole["seconds"])
+    assert whole == torture.summed_up(
+        [run_trial(None, "sim", *one) for one in plan], 3, whole["seconds"]
+    )
     ran.clear()
     assert torture.main([*flags, "--resume"]) == 1  # some had failed; nothing is left to do
     assert not ran

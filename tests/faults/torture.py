@@ -2,6 +2,7 @@
 
     python -m faults.torture --trials 300 --seed 1 --report docs/reliability.json
     python -m faults.torture --database postgresql --report docs/reliability-postgresql.json
+    python -m faults.torture --engine vllm --trials 30 --jobs 1 --report docs/reliability-vllm.json
 
 Each crash point has its turn first, then chance has. A trial that fails says how to repeat it. When
 it is interrupted, the report is of the trials so far, and `--resume` goes on after them.
@@ -55,21 +56,25 @@ class Servers:
             server.close()
 
 
-def run_trial(servers: Servers, seed: int, kind: str | None = None, what: str = "") -> Report:
+def run_trial(
+    servers: Servers, engine: str, seed: int, kind: str | None = None, what: str = ""
+) -> Report:
     with (
         servers.one() as postgres,
         tempfile.TemporaryDirectory(prefix="trial-", ignore_cleanup_errors=True) as folder,
     ):
         with _one_at_a_time:  # migrations use global state
-            trial = Trial(Path(folder), seed, kind, what, postgres)
+            trial = Trial(Path(folder), seed, kind, what, postgres, engine)
         return trial.run()
 
 
-def plan(num_trials: int, seed: int) -> list[tuple[int, str | None, str]]:
+def plan(num_trials: int, seed: int, engine: str = "sim") -> list[tuple[int, str | None, str]]:
     """Seed, kind and crash point of each trial."""
-    named: list[tuple[int, str | None, str]] = [
-        (seed * 100_000 + place, "crash point", name) for place, name in enumerate(CRASH_POINTS)
-    ]
+    named: list[tuple[int, str | None, str]] = []
+    if engine == "sim":
+        named += [
+            (seed * 100_000 + place, "crash point", name) for place, name in enumerate(CRASH_POINTS)
+        ]
     others = range(seed * 100_000 + len(named), seed * 100_000 + num_trials)
     return [*named, *((number, None, "") for number in others)][:num_trials]
 
@@ -89,6 +94,7 @@ def summed_up(reports: Iterable[Report], seed: int, seconds: float) -> dict[str,
         "kinds": dict(sorted(Counter(report.kind for report in reports).items())),
         "crash_points": {name: hits.get(name, 0) for name in CRASH_POINTS},
         "killed": _with_prefix(hits, "killed: "),
+        "outages": _with_prefix(hits, "outage: "),
         "failed_calls": _with_prefix(hits, "failed: "),
         "needed": sum(report.needed for report in computed),
         "computed": sum(report.computed for report in computed),
@@ -102,7 +108,7 @@ def added(earlier: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any
     both: dict[str, Any] = dict(later)
     for name in ("trials", "seconds", "requests", "needed", "computed"):
         both[name] = earlier[name] + later[name]
-    for name in ("kinds", "crash_points", "killed", "failed_calls"):
+    for name in ("kinds", "crash_points", "killed", "outages", "failed_calls"):
         both[name] = {
             one: earlier[name].get(one, 0) + later[name].get(one, 0)
             for one in sorted(earlier[name].keys() | later[name].keys())
@@ -137,13 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--engine", choices=["sim", "vllm"], default="sim")
     parser.add_argument("--report", type=Path)
     parser.add_argument("--only", type=int, help="repeat the trial with this seed")
     parser.add_argument("--resume", action="store_true", help="go on after those in the report")
     wish = parser.parse_args(arguments)
-    trials = plan(wish.trials, wish.seed)
+    trials = plan(wish.trials, wish.seed, wish.engine)
     if wish.only is not None:
-        trials = [trial for trial in plan(100_000, wish.only // 100_000) if trial[0] == wish.only]
+        every = plan(100_000, wish.only // 100_000, wish.engine)
+        trials = [trial for trial in every if trial[0] == wish.only]
     earlier: dict[str, Any] | None = None
     if wish.resume:
         if wish.report is None or wish.only is not None:
@@ -159,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     servers = Servers(wish.jobs if wish.database == "postgresql" else 0)
     pool = ThreadPoolExecutor(wish.jobs)
     try:
-        for report in pool.map(lambda trial: run_trial(servers, *trial), trials):
+        for report in pool.map(lambda trial: run_trial(servers, wish.engine, *trial), trials):
             reports.append(report)
             _tell(report, num_before + len(reports), num_before + len(trials))
     except KeyboardInterrupt:

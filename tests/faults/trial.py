@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -27,8 +28,10 @@ from batch_app.core import Batch, BatchStatus
 from batch_app.faults import CRASH_POINTS
 from batch_app.files import DataDir
 from batch_app.orphans import remove_orphans
+from faults.outages import OUTAGES, Services
+from faults.workloads import MAX_WORDS, DemoWorkload, EchoWorkload, Workload
 from support.postgres import PostgresServer
-from support.site import Site, echo_line, engine_pid, kill_tree
+from support.site import Site, engine_pid, kill_tree
 from support.waiting import PATIENCE_S, wait_for
 
 #: Crash points of the API server; all others are the worker's.
@@ -52,8 +55,15 @@ SETTINGS: dict[str, Any] = {
     "min_free_bytes": 0,
     "engine_backoff_s": 0.01,
 }
-#: Answers of so many words are too long for the model, and refused by it.
-MAX_WORDS = 8
+
+
+def kinds(engine: str, *, on_postgres: bool) -> list[str]:
+    """What may go wrong. Real vLLM takes half a minute to start: there it is what hits an engine at
+    work."""
+    if engine == "vllm":
+        return ["kill", "registry", "hub"]
+    more = ["database", "several"] if on_postgres else []
+    return ["kill", "crash point", "failing call", *OUTAGES, *more]
 
 
 @dataclass
@@ -81,20 +91,24 @@ class Trial:
         kind: str | None = None,
         what: str = "",
         postgres: PostgresServer | None = None,
+        engine: str = "sim",
     ) -> None:
-        """With a server of PostgreSQL's, which it has for itself, the trial runs on that."""
+        """With a server of PostgreSQL's, which it has for itself, the trial runs on that. `engine`:
+        "sim", or "vllm" with the demo model."""
         self.chance = random.Random(seed)
-        more = ["database", "several"] if postgres else []
-        self.kind = kind or self.chance.choice(["kill", "crash point", "failing call", *more])
+        self.kind = kind or self.chance.choice(kinds(engine, on_postgres=postgres is not None))
         self.what = what
+        self.workload: Workload = DemoWorkload() if engine == "vllm" else EchoWorkload()
         self.postgres = postgres
         settings = SETTINGS
         if postgres is not None:
             settings = SETTINGS | {"database_url": postgres.new_database_with_tables()}
         self.site = Site(root, **settings)
         self.journal = root / "journal"
+        self.services = Services.of(self.kind, root, engine)
+        entry = self.services.model_entry(engine, self._sim_args())
         registry = root / "models.toml"
-        registry.write_text(registry.read_text() + self._model())
+        registry.write_text(registry.read_text() + entry)
         self.report = Report(seed, self.kind, what)
         self.accepted: set[str] = set()
         self.requests: dict[str, list[dict[str, Any]]] = {}
@@ -102,39 +116,44 @@ class Trial:
     def run(self) -> Report:
         began = time.monotonic()
         try:
-            getattr(self, "_" + self.kind.replace(" ", "_"))()
+            if self.kind in OUTAGES:
+                OUTAGES[self.kind](self)
+            else:
+                getattr(self, "_" + self.kind.replace(" ", "_"))()
             self._bring_to_an_end()
             self._check()
         except AssertionError as failure:
             self.report.failure = str(failure)[:2000] or "assertion"
         finally:
             self.site.close()
+            self.services.stop()
             if self.postgres is not None:
                 self.postgres.drop(self.site.settings.resolved_database_url)
         self.report.seconds = round(time.monotonic() - began, 2)
         return self.report
 
-    def _model(self) -> str:
+    def _sim_args(self) -> dict[str, Any]:
         step_s = self.chance.choice([0.001, 0.003, 0.01])
         seqs = self.chance.choice([4, 16, 64])
         if self.what in IN_THE_MIDDLE:
             step_s, seqs = 0.05, 4
-        if self.kind in ("kill", "database", "several"):  # so that there is something to interrupt
+        # So that there is something to interrupt.
+        if self.kind in ("kill", "database", "several", *OUTAGES):
             step_s, seqs = self.chance.choice([0.02, 0.05]), self.chance.choice([4, 16])
-        return (
-            '[[model]]\nname = "tried"\nsource = "sim"\nengine = "sim"\n[model.engine_args]\n'
-            f"max_num_seqs = {seqs}\nmax_model_len = {MAX_WORDS}\ndecode_step_s = {step_s}\n"
-            f'journal = "{self.journal}"\n'
-        )
+        return {
+            "max_num_seqs": seqs,
+            "max_model_len": MAX_WORDS,
+            "decode_step_s": step_s,
+            "journal": str(self.journal),
+        }
 
     # -- what goes wrong -----------------------------------------------------------------------
 
     def _kill(self) -> None:
         """Kill processes at random times, one after the other, and start them again."""
-        url = self.site.start_server()
-        server = self.site.last_process
-        worker = self.site.start_worker()
-        batch_id = self._upload(url)
+        url, worker = self.start_both()
+        server = self._server
+        batch_id = self.upload(url)
         for _ in range(self.chance.randint(1, 3)):
             if self.site.batch(batch_id).is_terminal:
                 break
@@ -159,9 +178,9 @@ class Trial:
                 self.site.start_server()
                 server = self.site.last_process
             if victim in ("worker", "everything"):
-                worker = self.site.start_worker()
-        self._wait_a_while(batch_id)
-        kill_tree(worker.pid)
+                worker = self.start_worker()
+        self.wait_a_while(batch_id)
+        self.kill(worker)
 
     def _database(self) -> None:
         """Stop the database, or kill it, and start it again after a while."""
@@ -169,7 +188,7 @@ class Trial:
         url = self.site.start_server()
         server = self.site.last_process
         worker = self.site.start_worker()
-        batch_id = self._upload(url)
+        batch_id = self.upload(url)
         for _ in range(self.chance.randint(1, 3)):
             with suppress(AssertionError):
                 wait_for(lambda: self._done(batch_id), timeout_s=20)
@@ -179,7 +198,7 @@ class Trial:
             self.postgres.stop(how)
             time.sleep(self.chance.uniform(0.0, 2.0))
             self.postgres.start()
-        self._wait_a_while(batch_id)
+        self.wait_a_while(batch_id)
         assert server.poll() is None, "the API server ended"
         assert worker.poll() is None, "the worker ended"
         for process in (server, worker):
@@ -193,7 +212,7 @@ class Trial:
         urls.append(self.site.start_server())
         servers.append(self.site.last_process)
         workers = [self.site.start_worker(), self.site.start_worker()]
-        batch_ids = [self._upload(urls[number % 2]) for number in range(self.chance.randint(1, 3))]
+        batch_ids = [self.upload(urls[number % 2]) for number in range(self.chance.randint(1, 3))]
         for _ in range(self.chance.randint(2, 4)):
             if all(self.site.batch(batch_id).is_terminal for batch_id in batch_ids):
                 break
@@ -205,7 +224,7 @@ class Trial:
                 continue
             self.report.hit.append(f"killed: {victim}")
             if victim == "engine":
-                self._kill_engine(workers[one].pid)
+                self.kill_engine(workers[one].pid)
             for number in (0, 1) if victim == "everything" else (one,):
                 if victim in ("worker", "everything"):
                     workers[number].kill()
@@ -219,7 +238,7 @@ class Trial:
                     servers[number] = self.site.last_process
                 if workers[number].poll() is not None:
                     workers[number] = self.site.start_worker()
-        self._wait_a_while(batch_ids[-1])
+        self.wait_a_while(batch_ids[-1])
         for process in workers:
             assert process.poll() is None, "a worker ended"
             kill_tree(process.pid)
@@ -252,7 +271,7 @@ class Trial:
                 lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=PATIENCE_S
             )
             if worker.poll() is None:
-                self._kill_engine(worker.pid)
+                self.kill_engine(worker.pid)
         if name == "given-back":
             wait_for(
                 lambda: self._done(batch_id) or worker.poll() is not None, timeout_s=PATIENCE_S
@@ -264,11 +283,11 @@ class Trial:
         url = self.site.start_server(**crash)
         server = self.site.last_process
         if name.startswith("upload"):
-            self._try_to(lambda: self._upload(url))
+            self._try_to(lambda: self.upload(url))
         elif name.startswith("check"):
             self._try_to(lambda: self._create(url))
         else:
-            batch_id = self._upload(url)
+            batch_id = self.upload(url)
             self._try_to(
                 lambda: httpx.post(f"{url}/v1/batches/{batch_id}/cancel", timeout=PATIENCE_S)
             )
@@ -289,7 +308,7 @@ class Trial:
         batch_id = self.site.submit(self._lines(), "tried")
         self._remember(batch_id)
         worker = self.site.start_worker(FAIL=json.dumps(wish))
-        self._wait_a_while(batch_id, worker)
+        self.wait_a_while(batch_id, worker)
         self.report.hit.append(f"failed: {call}, {'for good' if wish['for_good'] else 'once'}")
         kill_tree(worker.pid)
         worker.wait(PATIENCE_S)
@@ -303,7 +322,7 @@ class Trial:
             connection.execute(batches.update().where(of_servers).values(lease_owner=None))
         engine.dispose()
 
-    def _kill_engine(self, worker_pid: int) -> None:
+    def kill_engine(self, worker_pid: int) -> None:
         with suppress(AssertionError, ProcessLookupError):
             os.kill(engine_pid(worker_pid, timeout_s=5.0), signal.SIGKILL)
 
@@ -325,6 +344,27 @@ class Trial:
         if process.returncode == -signal.SIGKILL:
             self.report.hit.append(name)
 
+    def start_both(self) -> tuple[str, subprocess.Popen[bytes]]:
+        """An API server and a worker: the address of the one, the process of the other."""
+        url = self.site.start_server(**self.services.environment())
+        self._server = self.site.last_process
+        return url, self.start_worker()
+
+    def start_worker(self) -> subprocess.Popen[bytes]:
+        return self.site.start_worker(**self.services.environment())
+
+    def kill(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill it and all that it started."""
+        kill_tree(process.pid)
+        process.wait(PATIENCE_S)
+
+    def wait_for_results(self, batch_id: str) -> None:
+        """Until it has some more, or the time for that is over."""
+        before = self.site.batch(batch_id).progress.done
+        with suppress(AssertionError):
+            wait_for(lambda: self._has_moved(batch_id, before), timeout_s=20)
+        time.sleep(self.chance.uniform(0.0, 0.5))
+
     def _done(self, batch_id: str) -> bool:
         return self.site.batch(batch_id).progress.done > 0
 
@@ -332,7 +372,7 @@ class Trial:
         batch = self.site.batch(batch_id)
         return batch.progress.done > before or batch.is_terminal
 
-    def _wait_a_while(self, batch_id: str, worker: Any = None) -> None:
+    def wait_a_while(self, batch_id: str, worker: Any = None) -> None:
         deadline = time.monotonic() + self.chance.uniform(1.0, 3.0)
         while time.monotonic() < deadline and not self.site.batch(batch_id).is_terminal:
             if worker is not None and worker.poll() is not None:
@@ -342,21 +382,16 @@ class Trial:
     # -- batches -------------------------------------------------------------------------------
 
     def _lines(self) -> list[dict[str, Any]]:
-        lines = []
-        for number in range(self.chance.randint(30 if self.what in IN_THE_MIDDLE else 1, 300)):
-            line = echo_line(number)
-            if self.chance.random() < 0.1:
-                line["body"]["messages"][0]["content"] += " word" * MAX_WORDS
-            lines.append(line)
-        self._last_lines = lines
-        return lines
+        at_least = 30 if self.what in IN_THE_MIDDLE else 1
+        self._last_lines = self.workload.lines(self.chance, at_least)
+        return self._last_lines
 
     def _remember(self, batch_id: str) -> str:
         self.accepted.add(batch_id)
         self.requests[batch_id] = self._last_lines
         return batch_id
 
-    def _upload(self, url: str) -> str:
+    def upload(self, url: str) -> str:
         content = b"".join(orjson.dumps(line) + b"\n" for line in self._lines())
         answer = httpx.post(
             f"{url}/v1/batches",
@@ -389,11 +424,10 @@ class Trial:
 
     def _bring_to_an_end(self) -> None:
         """With processes that nothing is wrong with."""
-        url = self.site.start_server()
-        server = self.site.last_process
-        worker = self.site.start_worker()
+        url, worker = self.start_both()
+        server = self._server
         if not self._batches():
-            self._upload(url)  # as a client does who got no answer
+            self.upload(url)  # as a client does who got no answer
         for batch in self._batches():
             self.requests.setdefault(batch.id, self._last_lines)
             wait_for(
@@ -434,21 +468,16 @@ class Trial:
         assert ids == Counter(expected), "ids of output and error file aren't the input's"
         everything = self.site.results(batch.id)
         assert [line["custom_id"] for line in everything] == expected, "not in input order"
-        num_good = num_bad = 0
+        num_bad = 0
+        responses = []
         for line, result in zip(lines, everything, strict=True):
             if result["response"] is None:
                 assert cancelled, f"{result['custom_id']} never ran: {result['error']}"
                 num_bad += 1
                 continue
-            prompt = line["body"]["messages"][0]["content"]
-            body, status = result["response"]["body"], result["response"]["status_code"]
-            if len(prompt.split()) > MAX_WORDS:
-                assert status == 400, f"{result['custom_id']}: status {status}"
-                num_bad += 1
-            else:
-                said = body["choices"][0]["message"]["content"]
-                assert said == prompt, f"{result['custom_id']} has another's answer"
-                num_good += 1
+            responses.append((line, result["response"]))
+        num_good = self.workload.check(responses)
+        num_bad += len(responses) - num_good
         assert [line["response"]["status_code"] for line in outcomes[0]] == [200] * num_good
         counts = batch.progress
         if not cancelled:

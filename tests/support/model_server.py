@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -23,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from batch_app.core import Endpoint
-from support.waiting import wait_for
+from support.http_server import HttpServer
 
 #: What a request meets; None: an answer like any other.
 Fault = Callable[[Request], Awaitable[Response | None]]
@@ -60,7 +57,7 @@ def for_word(word: str, make: Callable[[], Response]) -> Fault:
 
 
 @dataclass
-class ModelServerStub:
+class ModelServerStub(HttpServer):
     """`faults`: what the next requests meet, one each; then `fault`, where there is one.
 
     `bodies`, `headers`: of the requests to a model, as they came. `num_broken_off`: requests whose
@@ -72,6 +69,8 @@ class ModelServerStub:
     step_s: float = 0.005
     #: More at a time are refused with 429.
     most: int = 10_000
+    #: Prompts of more words are refused with 400.
+    max_words: int = 1_000_000
     faults: list[Fault] = field(default_factory=list)
     fault: Fault | None = None
     look_fault: Fault | None = None
@@ -82,19 +81,12 @@ class ModelServerStub:
     most_at_once: int = 0
     _at_once: int = 0
 
-    def __post_init__(self) -> None:
-        self._socket = socket.socket()
-        self._socket.bind(("127.0.0.1", 0))  # bound and not listening: refuses until `start`
-        self.port: int = self._socket.getsockname()[1]
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
-
     @property
     def base_url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"{self.url}/v1"
 
-    def start(self) -> None:
-        app = Starlette(
+    def app(self) -> Starlette:
+        return Starlette(
             routes=[
                 Route("/v1/models", self._models),
                 Route("/version", self._version),
@@ -102,18 +94,6 @@ class ModelServerStub:
             ],
             exception_handlers={HTTPException: self._refuse},
         )
-        config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off")
-        server = self._server = uvicorn.Server(config)
-        run = server.serve(sockets=[self._socket])
-        self._thread = threading.Thread(target=lambda: asyncio.run(run), daemon=True)
-        self._thread.start()
-        wait_for(lambda: server.started, timeout_s=60, what="the server listens")
-
-    def stop(self) -> None:
-        if self._server is not None and self._thread is not None:
-            self._server.should_exit = self._server.force_exit = True
-            self._thread.join(timeout=30)
-        self._socket.close()
 
     def prompts(self) -> list[str]:
         """What was asked, in the order in which it came."""
@@ -157,6 +137,8 @@ class ModelServerStub:
         self.headers.append(dict(request.headers))
         if self._at_once > self.most:
             return error(429, "Too many requests.", retry_after="0.05")
+        if len(said.split()) > self.max_words:
+            return error(400, "The prompt is too long.")
         fault = self.faults.pop(0) if self.faults else self.fault
         if fault is not None and (met := await fault(request)) is not None:
             return met
