@@ -123,8 +123,8 @@ class EngineProcess:
 def has_members(group: int) -> bool:
     """Whether a process of this group still has its memory. What only waits to be reaped has none,
     and for what was left behind that may be long: its parent is the machine's first process."""
-    for process in psutil.process_iter():
+    for pid in psutil.pids():
         with contextlib.suppress(OSError, psutil.Error):
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getpgid(pid) == group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 return True
     return False
