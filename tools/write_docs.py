@@ -71,8 +71,9 @@ random times. It has a process die at a named crash point (`batch_app/faults.py`
 write (also torn), fsync, rename, link, opening of a file or commit of the database fail, once or
 for good. It breaks the registry in one of seven ways while batches run and wait, and repairs it
 after up to 3 seconds. It has the model hub refuse connections, answer 503 or hang when a model is
-wanted. Or it has a remote server fail a share of the requests for a while, or disappear and return. Then processes with nothing wrong finish the work, and this must hold: the ids in output
-and error file are together those of the input, each once, in order; each answer is the one to its
+wanted. Or it has a remote server fail a share of the requests for a while, or disappear and
+return. Then processes with nothing wrong finish the work, and this must hold: the ids in output and
+error file are together those of the input, each once, in order; each answer is the one to its
 own question; the counts match; nothing is left in the work folders; the database is intact. The
 engine is the simulated one, or real vLLM with the demo model (`make torture ENGINE=vllm TRIALS=30`:
 kills, registry and hub). A failing trial says its seed; `--only SEED` repeats it, up to how far
