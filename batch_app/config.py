@@ -263,13 +263,21 @@ class Settings(BaseSettings):
         description="Most prompts, inputs or documents in one request; for completions, `n` times "
         "the prompts.",
     )
+    max_messages: int = Field(
+        4096,
+        gt=0,
+        description="Most messages in one request. A chat template takes longer with each, and "
+        "other requests wait for it meanwhile.",
+    )
     max_stop: int = Field(16, ge=0, description="Most `stop` strings of a request.")
     max_stop_chars: int = Field(256, gt=0, description="Longest `stop` string, in characters.")
     max_tools: int = Field(128, ge=0, description="Most `tools` of a request.")
     max_schema_bytes: int = Field(
         64 * KIB,
         gt=0,
-        description="Largest JSON Schema (of a tool or a response format) or grammar, in bytes.",
+        description="Largest JSON Schema (of a tool or a response format) or grammar, in bytes; "
+        "also the choices of `structured_outputs.choice` together. The tools of a request may take "
+        "four times as much together.",
     )
     max_schema_depth: int = Field(
         32, gt=0, le=200, description="Deepest JSON Schema, in levels of nesting."

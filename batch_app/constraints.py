@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from batch_app.shapes import BodyLimits, problem, short, text, wrong_type
+from batch_app.shapes import BodyLimits, Check, array, problem, short, text, text_up_to, wrong_type
 
 #: Repetitions that a regular expression may unfold to: `(a{100}){100}` is 10,000.
 MAX_REGEX_UNFOLDED = 20_000
@@ -151,6 +151,28 @@ def _walk_schema(value: Any, name: str, limits: BodyLimits, depth: int) -> int:
             raise problem(at, f'"{at}" must refer to the schema itself: "#...".')
         size += len(key.encode()) + 4 + _walk_schema(item, name, limits, depth + 1)
     return size
+
+
+#: Of `structured_outputs.choice`: how many, and the characters of each.
+MAX_CHOICES = 1024
+MAX_CHOICE_CHARS = 512
+
+
+def within_bytes(check: Check, schemas: int = 1) -> Check:
+    """What this check takes, if its JSON has at most `schemas` times `max_schema_bytes`."""
+
+    def check_size(value: Any, name: str, limits: BodyLimits) -> None:
+        check(value, name, limits)
+        most = schemas * limits.max_schema_bytes
+        if len(orjson.dumps(value)) > most:
+            times = f"{schemas} times max_schema_bytes" if schemas > 1 else "max_schema_bytes"
+            raise problem(name, f'"{name}" must have at most {most} bytes ({times}).')
+
+    return check_size
+
+
+#: The answers that a model may choose from; together they are a grammar.
+choices = within_bytes(array(text_up_to(MAX_CHOICE_CHARS), most=MAX_CHOICES, least=1))
 
 
 def grammar(value: Any, name: str, limits: BodyLimits) -> None:

@@ -50,7 +50,7 @@ class _Message(Struct, forbid_unknown_fields=True, gc=False):
     """The usual messages: text, tools that were called and what they said."""
 
     role: Annotated[str, Meta(max_length=64)]
-    content: str | list[_Text] | None = None
+    content: str | Annotated[list[_Text], Meta(max_length=64)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[_ToolCall], Meta(max_length=8)] | None = None
     tool_call_id: str | None = None

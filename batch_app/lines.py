@@ -18,7 +18,6 @@ What a shorter way doesn't take, for whatever reason, goes the next longer one.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -54,6 +53,8 @@ _ENDPOINTS = frozenset(endpoint.value for endpoint in Endpoint)
 GENERATES = frozenset(
     {Endpoint.CHAT_COMPLETIONS.value, Endpoint.COMPLETIONS.value, Endpoint.RESPONSES.value}
 )
+#: Endpoints whose prompt is a list of messages.
+_CONVERSATIONS = frozenset({Endpoint.CHAT_COMPLETIONS.value, Endpoint.RESPONSES.value})
 _SCORED = ("query", "queries", "data_1", "text_1", "documents", "items", "data_2", "text_2")
 #: By endpoint: the fields that the prompt is made of, in its order.
 _STREAM: Mapping[str, tuple[str, ...]] = {
@@ -220,7 +221,8 @@ class LineParser:
         quoted, list_end, decode = CUTS[endpoint]
         at = body.find(quoted) + len(quoted)
         at += 2 if body.startswith(b": ", at) else 1
-        most = sys.maxsize if endpoint == Endpoint.CHAT_COMPLETIONS else self._limits.max_inputs
+        limits = self._limits
+        most = limits.max_messages if endpoint in _CONVERSATIONS else limits.max_inputs
         before = body[:at]
         for stop in ends_of_prompt(body, at, list_end):
             after = body[stop:]

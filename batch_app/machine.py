@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,15 +11,16 @@ from pathlib import Path
 
 import psutil
 
-NVIDIA_SMI_S = 10.0
+from batch_app.gpus import list_gpus
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """`device` is the product's name of the GPU, or of the CPU where there is none.
+    """`device` is the product's name of the first GPU that CUDA uses, or of the CPU without one.
 
-    `device_type` "gpu" or "cpu", `driver` the GPU's, `memory_bytes` the device's. `name` tells
-    machines with the same device apart.
+    `device_type` "gpu" or "cpu", `driver` the GPU's, `memory_bytes` the device's: of a MIG slice
+    the slice's, and the machine's if the GPU shares it. `name` tells machines with the same device
+    apart.
     """
 
     device: str
@@ -33,15 +32,15 @@ class Machine:
 
 @lru_cache(maxsize=1)
 def this_machine() -> Machine:
-    """Asks the driver once; imports no engine."""
+    """Ask the driver once per process, under the CUDA_VISIBLE_DEVICES of that time."""
     gib = round(psutil.virtual_memory().total / (1 << 30))
     cores = len(os.sched_getaffinity(0))
     name = f"{platform.node()}, {cores} cores, {gib} GiB"
-    gpu = _gpu()
+    total = psutil.virtual_memory().total
+    gpu = next(iter(list_gpus()), None)
     if gpu is not None:
-        device, driver, memory_bytes = gpu
-        return Machine(device, "gpu", name, driver, memory_bytes)
-    return Machine(cpu_name(), "cpu", name, None, psutil.virtual_memory().total)
+        return Machine(gpu.name, "gpu", name, gpu.driver, gpu.memory_bytes or total)
+    return Machine(cpu_name(), "cpu", name, None, total)
 
 
 def hub_folder(source: str) -> Path:
@@ -60,19 +59,3 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "CPU"
-
-
-def _gpu() -> tuple[str, str, int] | None:
-    """Name, driver and bytes of the first GPU; None where there is none."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            [tool, *query], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
-        )
-        name, driver, mib = (part.strip() for part in done.stdout.splitlines()[0].rsplit(",", 2))
-        return name, driver, int(float(mib)) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None

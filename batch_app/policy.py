@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from batch_app.constraints import grammar, regex, schema, schema_or_text, schema_text
+from batch_app.constraints import (
+    choices,
+    grammar,
+    regex,
+    schema,
+    schema_or_text,
+    schema_text,
+    within_bytes,
+)
 from batch_app.core import Endpoint
 from batch_app.shapes import (
     BodyLimits,
@@ -73,6 +81,12 @@ REFUSED: Mapping[str, str] = {
     "vllm_xargs": "It reaches the engine's insides.",
 }
 
+#: How many times `max_schema_bytes` all tools of a request may take together: a model that has to
+#: call one of them is bound to a schema made of all.
+MAX_TOOLS_IN_SCHEMAS = 4
+#: Of one message's content.
+MAX_PARTS = 1024
+
 _sampling: dict[str, Check] = {
     "model": text,
     "temperature": number,
@@ -95,7 +109,7 @@ _sampling: dict[str, Check] = {
         (),
         json=schema_or_text,
         regex=regex,
-        choice=array(text_up_to(4096), most=1024),
+        choice=choices,
         grammar=grammar,
         json_object=boolean,
         disable_any_whitespace=boolean,
@@ -148,15 +162,20 @@ _generation: dict[str, Check] = _sampling | {
             ("type",),
             type=text,
             format=schema,
-            structures=array(record((), begin=text, end=text, schema=schema), most=128),
-            triggers=array(text, most=128),
+            structures=within_bytes(
+                array(record((), begin=text, end=text, schema=schema), most=128)
+            ),
+            triggers=within_bytes(array(text, most=128)),
         ),
     ),
 }
 
 _function = record(("name",), name=text, description=text, parameters=schema, strict=boolean)
-_tools = array(
-    variants(function=record(("function",), type=text, function=_function)), setting="max_tools"
+_tools = within_bytes(
+    array(
+        variants(function=record(("function",), type=text, function=_function)), setting="max_tools"
+    ),
+    MAX_TOOLS_IN_SCHEMAS,
 )
 _tool_call = record(
     ("function",),
@@ -191,7 +210,7 @@ _part = string_or(
 )
 _message_fields: dict[str, Check] = {
     "role": text_up_to(64),
-    "content": text_or(array(_part)),
+    "content": text_or(array(_part, most=MAX_PARTS)),
     "name": text,
     "tool_calls": array(_tool_call, most=128),
     "tool_call_id": text,
@@ -206,9 +225,17 @@ _message_fields: dict[str, Check] = {
 }
 
 
+def _require_few_messages(value: list[Any], name: str, limits: BodyLimits) -> None:
+    if len(value) > limits.max_messages:
+        raise problem(
+            name, f'"{name}" must have at most {limits.max_messages} entries (max_messages).'
+        )
+
+
 def _messages(value: Any, name: str, limits: BodyLimits) -> None:
     if not isinstance(value, list) or not value:
         raise problem(name, f'"{name}" must be a list of at least one message.')
+    _require_few_messages(value, name, limits)
     for position, message in enumerate(value):
         at = f"{name}[{position}]"
         if not isinstance(message, dict):
@@ -261,7 +288,8 @@ _response_parts = text_or(
             text=record(("text",), type=text, text=text),
             refusal=record(("refusal",), type=text, refusal=text),
             input_image=record(("image_url",), type=text, image_url=image, detail=text_up_to(16)),
-        )
+        ),
+        most=MAX_PARTS,
     )
 )
 _reasoning_texts = array(record(("text",), type=text, text=text))
@@ -310,6 +338,7 @@ def _response_input(value: Any, name: str, limits: BodyLimits) -> None:
         return
     if not isinstance(value, list):
         raise wrong_type(name, "a string or a list", value)
+    _require_few_messages(value, name, limits)
     for position, item in enumerate(value):
         is_message = isinstance(item, dict) and "type" not in item
         check = _response_message if is_message else _response_items
@@ -343,18 +372,21 @@ _RESPONSES = _sampling | {
             ),
         ),
     ),
-    "tools": array(
-        variants(
-            function=record(
-                ("name",),
-                type=text,
-                name=text,
-                description=text,
-                parameters=schema,
-                strict=boolean,
-            )
+    "tools": within_bytes(
+        array(
+            variants(
+                function=record(
+                    ("name",),
+                    type=text,
+                    name=text,
+                    description=text,
+                    parameters=schema,
+                    strict=boolean,
+                )
+            ),
+            setting="max_tools",
         ),
-        setting="max_tools",
+        MAX_TOOLS_IN_SCHEMAS,
     ),
     "tool_choice": string_or(variants(function=record(("name",), type=text, name=text))),
     "parallel_tool_calls": boolean,

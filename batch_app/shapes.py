@@ -49,6 +49,7 @@ class BodyLimits:
     max_logprobs: int = 20
     max_output_tokens: int = 1 << 20
     max_inputs: int = 2048
+    max_messages: int = 4096
     max_stop: int = 16
     max_stop_chars: int = 256
     max_tools: int = 128

@@ -15,6 +15,7 @@ pytest_plugins = [
     "support.postgres",  # before those that import it
     "support.databases",
     "support.object_stores",
+    "support.nvml",
 ]
 
 hypothesis.settings.register_profile(

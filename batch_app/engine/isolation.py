@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import logging
 import os
+import shutil
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +27,11 @@ _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
 _IFREQ = struct.Struct("16sH22x")  # the name of an interface, its flags
 _CAPABILITY_VERSION_3 = 0x20080522
+
+_NVIDIA_DRIVER = "/dev/nvidiactl"
+_MODPROBE_S = 60.0
+
+logger = logging.getLogger(__name__)
 
 #: What the engine's libraries are told there, whatever they were told outside: without it they
 #: look for the machine's address.
@@ -47,6 +55,41 @@ def needs_network(engine: str, engine_args: Mapping[str, Any]) -> bool:
         or given.get("nnodes", 1) != 1
         or "ray" in (given.get("distributed_executor_backend"), given.get("data_parallel_backend"))
     )
+
+
+def prepare_nvidia_devices() -> None:
+    """Load the kernel module that CUDA needs, and make its device files, while that's possible.
+
+    CUDA does so itself when it starts, by nvidia-modprobe, which is setuid root. In a user
+    namespace that maps only this process's own ids a setuid bit counts for nothing, so after
+    `isolate_network` CUDA would fail with "unknown error" on a machine where nothing has used CUDA
+    since it started. (What is loaded already can be used from the namespace: the files' owners look
+    unknown there, but the process keeps its ids and its groups.)
+
+    Does nothing without NVIDIA's driver or the tool. A failure is logged and harmless if the module
+    is loaded already. No new privileges (systemd's NoNewPrivileges) forbid it too: the worker's
+    unit runs the tool as root before.
+    """
+    tool = shutil.which("nvidia-modprobe")
+    if tool is None or not Path(_NVIDIA_DRIVER).exists():
+        return
+    try:
+        done = subprocess.run(
+            [tool, "-u", "-c", "0"],  # nvidia-uvm, and the device file of the first GPU
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=_MODPROBE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("nvidia-modprobe could not be run: %s", error)
+        return
+    if done.returncode:
+        said = done.stdout.strip() or "it says nothing"
+        logger.warning("nvidia-modprobe failed with %d: %s", done.returncode, said)
 
 
 def isolate_network() -> None:

@@ -38,6 +38,7 @@ from batch_app.errors import EngineDied, EngineError
 if TYPE_CHECKING:
     from batch_app.core import LimitsTried
     from batch_app.engine.vllm_client import CoreClient
+    from batch_app.engine.vllm_grammars import GrammarChecker
     from batch_app.engine.vllm_process import CoreProcess
     from batch_app.engine.vllm_requests import VllmRequests
 
@@ -58,6 +59,7 @@ class VllmEngine(Engine):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._core: CoreProcess | None = None
         self._client: CoreClient | None = None
+        self._grammars: GrammarChecker | None = None
         self._requests: VllmRequests | None = None
         self._tried: LimitsTried | None = None
 
@@ -84,10 +86,12 @@ class VllmEngine(Engine):
 
     def _load(self, started: float, ahead: Sequence[EngineRequest]) -> EngineInfo:
         from batch_app.engine.vllm_client import CoreClient
+        from batch_app.engine.vllm_grammars import GrammarChecker
         from batch_app.engine.vllm_process import CoreProcess
         from batch_app.engine.vllm_requests import VllmRequests
         from batch_app.engine.vllm_serving import OpenAIApp
 
+        grammars = self._grammars = GrammarChecker.start()
         core = self._core = CoreProcess.start(partial(load_error, self.spec))
         setup = make_setup(self.spec)
         config, args, self._tried = setup.config, setup.args, setup.tried
@@ -97,6 +101,8 @@ class VllmEngine(Engine):
         OpenAIApp.prepare()
         loop = self._loop = asyncio.new_event_loop()
         client.connect(loop)
+        grammars.connect(loop, config)
+        client.grammars = grammars
         app = loop.run_until_complete(OpenAIApp.create(client, args))
         requests = self._requests = VllmRequests(self.spec.name, loop, client, app)
         if not loop.run_until_complete(requests.prepare(ahead, client.loaded())):
@@ -157,6 +163,7 @@ class VllmEngine(Engine):
     def close(self) -> None:
         client, self._client = self._client, None
         core, self._core = self._core, None
+        grammars, self._grammars = self._grammars, None
         loop, self._loop = self._loop, None
         requests, self._requests = self._requests, None
         if client is not None:
@@ -164,6 +171,8 @@ class VllmEngine(Engine):
                 client.shutdown()
         elif core is not None:
             core.end()
+        if grammars is not None:
+            grammars.close()
         if loop is not None:
             with contextlib.suppress(Exception):
                 if requests is not None:

@@ -15,6 +15,7 @@ import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from batch_app.engine.base import EngineStats
+from batch_app.engine.vllm_grammars import GrammarChecker
 from batch_app.engine.vllm_messages import (
     Abort,
     Add,
@@ -86,6 +88,8 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self.io_processor = None
+        #: Tries constraints before the core gets them.
+        self.grammars: GrammarChecker | None = None
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._process = process
@@ -209,9 +213,13 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         assert self._loop is not None
         # A body may carry a request_id of its own, and two may carry the same: use our own names.
         key = str(next(self._names))
+        record = current_record.get()
+        if self.grammars is not None and getattr(params, "structured_outputs", None) is not None:
+            # Those that wait for a compilation keep nobody from being rendered.
+            on_wait = partial(record.on_engine, record) if record is not None else None
+            await self.grammars.check(params, on_wait)
         addition = self._addition(key, prompt, params, options)
         waiter = self._waiters[key] = _Waiter()
-        record = current_record.get()
         if record is not None and record.held is not None:
             record.held.append(addition)
         else:

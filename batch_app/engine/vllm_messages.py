@@ -67,7 +67,7 @@ ToCore: TypeAlias = Configure | Add | Abort
 FromCore: TypeAlias = CoreLoaded | CoreLoadFailed | Stepped | CoreFailed
 
 
-def framed(message: ToCore | FromCore | list[ToCore]) -> bytes:
+def framed(message: Any) -> bytes:
     data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
     return LENGTH.pack(len(data)) + data
 

@@ -40,6 +40,9 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
     # The core is a process of its own already; vLLM's would be one more, started slowly.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # A prompt that takes long to render holds up those behind it in the same thread, and a limit
+    # would fail these, too: it counts their waiting. One that never ends is the hang watch's.
+    os.environ["VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT"] = "0"
 
 
 class Setup(NamedTuple):

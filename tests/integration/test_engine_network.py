@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from batch_app.config import load_settings
+from batch_app.engine import isolation
 from batch_app.engine.base import ModelSpec
 from batch_app.engine.host import EngineHost
-from batch_app.engine.isolation import needs_network
+from batch_app.engine.isolation import needs_network, prepare_nvidia_devices
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.slot import EngineSlot
 from batch_app.registry import ModelEntry
@@ -43,6 +44,20 @@ for line in Path(f"/proc/{engine.pid}/status").read_text().splitlines():
     if line.startswith(("Uid", "CapEff")):
         print(*line.split())
 engine.close()
+"""
+#: The engine process's own way, with a stand-in for NVIDIA's driver.
+MODPROBE = """
+import os, sys
+from pathlib import Path
+from batch_app.engine import child, isolation
+folder = Path(sys.argv[1]).parent
+isolation._NVIDIA_DRIVER = str(folder / "nvidiactl")
+outside = os.readlink("/proc/self/ns/net")
+print("refused:", child._isolate())
+print("has moved:", os.readlink("/proc/self/ns/net") != outside)
+for line in (folder / "called").read_text().splitlines():
+    words = line.split()
+    print("called outside:", words.pop() == outside, *words)
 """
 #: What comes after the namespace is refused.
 REFUSED_HALFWAY = """
@@ -100,6 +115,46 @@ def test_where_the_kernel_refuses_it_warns_and_runs(tmp_path: Path) -> None:
     said = run_within(tmp_path, "unshare", "--user", "--map-root-user", "sh", "-c", limit, "sh")
     assert "own network: False\n" in said
     assert "The engine has no network of its own (No space left on device)" in said
+
+
+def add_modprobe(folder: Path, text: str) -> None:
+    (folder / "nvidiactl").touch()
+    tool = folder / "bin" / "nvidia-modprobe"
+    tool.parent.mkdir()
+    tool.write_text(
+        f'#!/bin/sh\necho "$@" $(readlink /proc/self/ns/net) >> {folder}/called\n{text}\n'
+    )
+    tool.chmod(0o755)
+
+
+def test_cudas_module_is_loaded_before_the_isolation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the namespace nobody is root, so that nvidia-modprobe could no longer load it."""
+    add_modprobe(tmp_path, "exit 0")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    prefix = ("unshare", "--user", "--map-user=1000", "--map-group=1000")
+    said = run_within(tmp_path, *prefix, script=MODPROBE)
+    assert said == "refused: \nhas moved: True\ncalled outside: True -u -c 0\n"
+
+
+def test_a_module_that_cant_be_loaded_is_logged_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setattr(isolation, "_NVIDIA_DRIVER", str(tmp_path / "nvidiactl"))
+    prepare_nvidia_devices()  # neither tool nor driver
+    add_modprobe(tmp_path, "echo Operation not permitted >&2; exit 3")
+    prepare_nvidia_devices()
+    assert [record.message for record in caplog.records] == [
+        "nvidia-modprobe failed with 3: Operation not permitted"
+    ]
+    (tmp_path / "bin" / "nvidia-modprobe").write_text("#!/no/such/interpreter\n")
+    prepare_nvidia_devices()
+    assert "could not be run" in caplog.records[-1].message
+    (tmp_path / "nvidiactl").unlink()
+    prepare_nvidia_devices()
+    assert len(caplog.records) == 2
 
 
 def test_a_refusal_halfway_changes_nothing(tmp_path: Path) -> None:

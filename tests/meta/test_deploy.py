@@ -224,6 +224,55 @@ def test_units_run_the_program_with_settings_that_there_are(path: Path) -> None:
         assert is_setting(variable), variable
 
 
+def test_the_workers_unit_keeps_caches_where_it_may_write() -> None:
+    """The home folder is hidden from it. The image, which has the same needs, names the same."""
+    text = (DEPLOY / "vllm-batch-worker.service").read_text()
+    assert "ProtectHome=true" in text
+    [state] = re.findall(r"^StateDirectory=(\S+)", text, re.MULTILINE)
+    unit = dict(re.findall(r"^Environment=(\w+)=(\S+)", text, re.MULTILINE))
+    said = [rest for word, rest in instructions(DEPLOY / "Dockerfile.cuda") if word == "ENV"]
+    image = dict(pair.split("=", 1) for rest in said for pair in shlex.split(rest))
+    caches = {
+        "CUDA_CACHE_PATH",
+        "FLASHINFER_WORKSPACE_BASE",
+        "HF_HOME",
+        "TRITON_CACHE_DIR",
+        "XDG_CACHE_HOME",
+    }
+    for name in caches:
+        assert Path(unit[name]).is_relative_to(Path("/var/lib") / state), name
+        assert unit[name] == image[name]
+
+
+def test_the_workers_unit_loads_cudas_module_as_root() -> None:
+    """`+`: as root, with none of the unit's limits; `-`: also where there is no such tool."""
+    text = (DEPLOY / "vllm-batch-worker.service").read_text()
+    before = text.partition("ExecStart=")[0]
+    assert "\nExecStartPre=-+/usr/bin/nvidia-modprobe -u -c 0\n" in before
+
+
+# -- What a GPU needs ------------------------------------------------------------------------------
+
+
+def test_images_have_what_triton_compiles_with() -> None:
+    """gcc, with the C library's headers, and Python's headers, which the official images have."""
+    for path in DOCKERFILES:
+        rest = path.read_text().rpartition("\nFROM ")[2]  # the stage that runs
+        assert rest.startswith("python:")
+        assert re.search(r"apt-get install [^\n]*\bg\+\+", rest), path
+
+
+def test_compose_without_an_image_of_ours_has_what_triton_compiles_with(compose: Manifest) -> None:
+    for name, service in compose["services"].items():
+        if "build" not in service and "vllm-batch" in str(service.get("command")):
+            assert re.fullmatch(r"python:3\.\d+", service["image"]), f"{name}: slim has no gcc"
+
+
+def test_workers_have_shared_memory_for_several_gpus(compose: Manifest) -> None:
+    size, unit = re.fullmatch(r"(\d+)(\w\w)", compose["services"]["worker"]["shm_size"]).groups()  # type: ignore[union-attr]
+    assert (int(size) >= 2, unit) == (True, "gb")
+
+
 # -- Kubernetes ------------------------------------------------------------------------------------
 
 
@@ -440,6 +489,25 @@ def test_gpus_are_asked_for_in_the_overlay_for_gpus() -> None:
     assert gpus(KUBERNETES / "overlays" / "gpu") == ["1"]
     assert gpus(KUBERNETES / "overlays" / "cpu") == []
     assert gpus(KUBERNETES / "overlays" / "ray") == ["1"]
+
+
+def test_where_engines_run_there_is_shared_memory(manifests: list[Manifest]) -> None:
+    """vLLM's processes of several GPUs, and Ray's of a node, talk through /dev/shm."""
+    found = 0
+    for pod in pods(manifests):
+        spec = pod["spec"]["template"]["spec"]
+        memory = {
+            volume["name"]
+            for volume in spec.get("volumes", ())
+            if volume.get("emptyDir", {}).get("medium") == "Memory"
+        }
+        for container in spec["containers"]:
+            if container.get("args") != ["worker"] and not container["name"].startswith("ray"):
+                continue
+            found += 1
+            mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert mounted.get("/dev/shm") in memory, container["name"]
+    assert found
 
 
 def test_nodes_of_the_ray_cluster_listen_where_their_probes_ask() -> None:

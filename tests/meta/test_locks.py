@@ -11,8 +11,24 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from batch_app.gpus import oldest_driver
+
 REPOSITORY = Path(__file__).parents[2]
 ENGINES = ["cpu", "cuda"]
+#: Packages that carry the release of the CUDA toolkit in their version. Its libraries for maths
+#: (cuBLAS, cuFFT, …) count on their own; `cuda-toolkit` holds them to its release.
+CUDA_TOOLKIT = {
+    "cuda-toolkit",
+    "nvidia-cuda-cccl",
+    "nvidia-cuda-crt",
+    "nvidia-cuda-cupti",
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-runtime",
+    "nvidia-nvjitlink",
+    "nvidia-nvtx",
+    "nvidia-nvvm",
+}
 
 
 def lock_text(engine: str) -> str:
@@ -63,8 +79,33 @@ def test_cpu_lock_keeps_cuda_out() -> None:
     locked = pins("cpu")
     assert locked["torch"].endswith("+cpu")
     media = {"torchvision", "torchaudio", "torchcodec"}
-    cuda = [name for name in locked if name in media or name.startswith(("nvidia", "cuda"))]
+    harmless = {"nvidia-ml-py"}  # Python alone: says what GPUs there are
+    cuda = [
+        name
+        for name in locked.keys() - harmless
+        if name in media or name.startswith(("nvidia", "cuda"))
+    ]
     assert not cuda, f"beside a CPU torch these break `import transformers`: {cuda}"
+
+
+def test_the_cuda_toolkit_is_of_one_release() -> None:
+    """A compiler beside the headers and libraries of another release fails while a model loads."""
+    locked = pins("cuda")
+    [release] = re.findall(r"^\d+\.\d+", locked["nvidia-cuda-runtime"])
+    others = {
+        name: version
+        for name, version in locked.items()
+        if name in CUDA_TOOLKIT and not version.startswith(f"{release}.")
+    }
+    assert locked.keys() >= CUDA_TOOLKIT
+    assert not others, f"CUDA {release} is mixed with {others}; see requirements/cuda.in"
+
+
+def test_the_setup_asks_for_the_driver_that_the_cuda_lock_needs() -> None:
+    release = pins("cuda")["nvidia-cuda-runtime"]
+    script = (REPOSITORY / "tools" / "setup_env.sh").read_text()
+    assert re.findall(r"^oldest_driver=(\d+)", script, re.M) == [str(oldest_driver(release))]
+    assert re.findall(r"^cuda=([\d.]+)", script, re.M) == [".".join(release.split(".")[:2])]
 
 
 def test_the_engines_differ_only_where_they_must() -> None:

@@ -33,6 +33,7 @@ from batch_app.estimates import Estimate
 from batch_app.files import DataDir
 from batch_app.results import ResultsLog
 from batch_app.store import WorkerRow
+from support.nvml import Card, UseNvml, mig_slice
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 BATCH = Batch(
@@ -370,6 +371,33 @@ def test_the_processors_share_is_right_whichever_thread_asks(
             return fresh.submit(reads.read).result().as_event()["cpu"]["text"]
 
     assert [shown(), shown(), shown()] == ["60%", "60%", "25%"]
+
+
+def test_each_gpu_has_the_gauges_that_it_answers_for(tmp_path: Path, use_nvml: UseNvml) -> None:
+    use_nvml(Card(), Card("GPU-2", "NVIDIA GB10", total=None, busy=None, milliwatts=None))
+    reading = device.Device(tmp_path).read()
+    assert [part.name for part in reading.parts][:2] == [
+        "NVIDIA GeForce RTX 4080",
+        "NVIDIA GB10 (1)",
+    ]
+    shown = {key: body["text"] for key, body in reading.as_event().items() if "gpu" in key}
+    assert shown == {
+        "gpu0_memory": "1.0 GiB of 16.0 GiB",
+        "gpu0_busy": "50%",
+        "gpu0_temperature": "61 °C",
+        "gpu0_power": "250 W",
+        "gpu1_temperature": "61 °C",
+    }
+
+
+def test_the_dashboard_shows_the_gpus_that_are_visible(
+    tmp_path: Path, use_nvml: UseNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = use_nvml(Card("GPU-1"), Card("GPU-2", "NVIDIA H200", slices=[mig_slice("MIG-1")]))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
+    shown = device.Device(tmp_path)
+    assert [part.name for part in shown.read().parts][:-1] == ["NVIDIA H200 MIG 1g.18gb"]
+    assert fake.initialised == 1, "it is asked every second, so it stays open"
 
 
 def test_after_a_sign_in_nobody_is_sent_elsewhere() -> None:

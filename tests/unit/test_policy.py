@@ -48,6 +48,14 @@ def chat_part(**part: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": [part]}]}
 
 
+def _parts(count: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [{"type": "text", "text": "a"}] * count}]
+
+
+def _choices(*choices: str) -> dict[str, Any]:
+    return {"structured_outputs": {"choice": choices}}
+
+
 def function(parameters: Any) -> dict[str, Any]:
     return {"tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]}
 
@@ -343,6 +351,7 @@ def test_a_setting_moves_its_bound() -> None:
         max_logprobs=0,
         max_output_tokens=10,
         max_inputs=3,
+        max_messages=2,
         max_stop=1,
         max_stop_chars=1,
         max_tools=1,
@@ -360,6 +369,9 @@ def test_a_setting_moves_its_bound() -> None:
         (CHAT, {"max_tokens": 10}, {"max_tokens": 11}),
         (RESPONSES, {"max_output_tokens": 10}, {"max_output_tokens": 11}),
         (EMBEDDINGS, {"input": ["x"] * 3}, {"input": ["x"] * 4}),
+        (CHAT, {"messages": MESSAGES * 2}, {"messages": MESSAGES * 3}),
+        (RESPONSES, {"input": MESSAGES * 2}, {"input": MESSAGES * 3}),
+        (CHAT, _choices("a" * 26), _choices("a" * 27)),
         (COMPLETIONS, {"prompt": ["x"], "n": 2}, {"prompt": ["x", "x"], "n": 2}),
         (CHAT, {"stop": ["x"]}, {"stop": ["x", "y"]}),
         (CHAT, {"stop": "x"}, {"stop": "xy"}),
@@ -380,6 +392,46 @@ def test_a_setting_moves_its_bound() -> None:
         parse(url, limits, **good)
         parse(url, **bad)
         assert "max_" in refusal(url, limits, **bad).message
+
+
+def test_choices_and_tools_are_bounded_together() -> None:
+    """vLLM compiles them as one grammar, beside the work of every other request."""
+    parse(CHAT, **_choices(*["a" * 512] * 100))
+    assert "512 characters" in refusal(CHAT, **_choices("a" * 513)).message
+    assert "max_schema_bytes" in refusal(CHAT, **_choices(*["a" * 512] * 128)).message
+    assert "at least 1" in refusal(CHAT, **_choices()).message
+
+    tool = function({"description": "x" * 60_000})["tools"]
+    parse(CHAT, tools=tool * 4)
+    assert "4 times max_schema_bytes" in refusal(CHAT, tools=tool * 5).message
+    response_tool = [{"type": "function", "name": "f", "parameters": {"description": "x" * 60_000}}]
+    parse(RESPONSES, tools=response_tool * 4)
+    assert "max_schema_bytes" in refusal(RESPONSES, tools=response_tool * 5).message
+
+    assert "1024 entries" in refusal(CHAT, messages=_parts(1025)).message
+    parse(CHAT, messages=_parts(1024))
+
+    def tags(count: int) -> dict[str, Any]:
+        tag = {"begin": "<a>", "end": "</a>", "schema": {"description": "x" * 30_000}}
+        return {"response_format": {"type": "structural_tag", "structures": [tag] * count}}
+
+    parse(CHAT, **tags(2))
+    assert "max_schema_bytes" in refusal(CHAT, **tags(3)).message
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_too_many_messages_are_found_in_lines_that_are_alike(spaced: bool) -> None:
+    parser = LineParser(limits=BodyLimits(max_messages=4))
+
+    def line(name: str, count: int) -> bytes:
+        body = {"messages": MESSAGES * count, "max_tokens": 4}
+        raw = orjson.dumps({"custom_id": name, "body": body})
+        return raw.replace(b":", b": ") if spaced else raw
+
+    for number in range(4):
+        parser.parse(line(f"a{number}", number + 1))
+    with pytest.raises(LineProblem, match="max_messages"):
+        parser.parse(line("b", 5))
 
 
 class TestMedia:
