@@ -8,6 +8,7 @@ the response or the error of one request.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -115,6 +116,20 @@ def is_success(status_code: int | None) -> bool:
     return status_code == 200
 
 
+#: What the results log can hold of each count of a result.
+MAX_TOKENS = (1 << 32) - 1
+
+
+def token_count(value: object) -> int:
+    """A number of tokens that came from outside: between 0 and `MAX_TOKENS`, 0 for what is no
+    number."""
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return min(max(value, 0), MAX_TOKENS)
+
+
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
     """Tokens of one result, or summed over many."""
@@ -127,6 +142,15 @@ class TokenCounts:
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
+
+    def of_one_result(self) -> TokenCounts:
+        """Within what the results log can hold of a single result."""
+        return TokenCounts(
+            token_count(self.prompt_tokens),
+            token_count(self.completion_tokens),
+            token_count(self.cached_tokens),
+            token_count(self.reasoning_tokens),
+        )
 
     def __add__(self, other: TokenCounts) -> TokenCounts:
         return TokenCounts(

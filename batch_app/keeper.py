@@ -7,6 +7,7 @@ the lease is kept. Progress is told to the store only after the results it count
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from batch_app.results import ResultsLog
 from batch_app.store import Store
 from batch_app.wire.lines import error_line, response_line
 
+#: What a type or a field of an error looks like. Anything else might be a part of a prompt.
+_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,100}")
 #: Results that may wait for a commit before `deliver` makes the engine's loop wait too.
 MAX_BACKLOG = 20_000
 MAX_LOGGED_FAILURES = 1000
@@ -265,9 +268,10 @@ def failure_reason(outcome: Outcome) -> str:
         kind, param, message = error.get("type"), error.get("param"), str(error.get("message"))
     except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         return f"status {outcome.status_code}"
-    reason = f"status {outcome.status_code}, {kind}"
-    if param:
-        reason += f", {param}"
+    reason = f"status {outcome.status_code}"
+    for name in (kind, param):
+        if isinstance(name, str) and _NAME.fullmatch(name):
+            reason += f", {name}"
     if "context length" in message and "input tokens" in message:
         reason += f": {message[:300]}"
     return reason

@@ -60,7 +60,9 @@ class ModelServer(BaseModel):
     max_backoff_s: float = Field(30.0, gt=0)
     #: How long a server may refuse everything before the batch pauses.
     patience_s: float = Field(120.0, gt=0)
-    max_response_bytes: int = Field(64 * MIB, gt=0)
+    max_response_bytes: int = Field(64 * MIB, gt=0, le=1024 * MIB - MIB)
+    #: Whether a connection may have several requests. Without, an answer can't be another one's.
+    reuse_connections: bool = True
     #: Fields that are set in every request: a priority, for example.
     extra_body: dict[str, Any] = Field(default_factory=dict)
     #: A folder or hub id whose tokenizer, if it is here, counts the prompts for estimates.

@@ -325,7 +325,11 @@ class ResultsLog:
         copied: bool = False,
         finish_reason: FinishReason | None = None,
     ) -> None:
-        """Take a result into the next commit. A second result of a request is dropped."""
+        """Take a result into the next commit. A second result of a request is dropped.
+
+        Counts beyond what a frame can hold are taken as the nearest that it can: the answer counts.
+        """
+        tokens = tokens.of_one_result()
         self._buffer.append(
             encode_frame(number, status_code, tokens, payload, copied, finish_reason)
         )

@@ -7,7 +7,9 @@ says its columns and their types at its beginning.
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -145,13 +147,25 @@ def _said(result: Result) -> str:
     if result.text is not None:
         return result.text
     body = result.body or {}
-    data = body.get("data")
-    if isinstance(data, list) and len(data) == 1 and "embedding" in data[0]:
-        return orjson.dumps(data[0]["embedding"]).decode()
-    choices = body.get("choices")
-    if choices:
-        return orjson.dumps(choices[0].get("message")).decode()  # calls of tools
-    return orjson.dumps(body).decode()
+    data, choices = body.get("data"), body.get("choices")
+    if isinstance(data, list) and len(data) == 1 and _has(data[0], "embedding"):
+        return _as_json(data[0]["embedding"])
+    if isinstance(choices, list) and choices and _has(choices[0], "message"):
+        return _as_json(choices[0]["message"])  # calls of tools
+    return _as_json(body)
+
+
+def _as_json(value: object) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # deeper than it writes, though it reads as much
+        with suppress(RecursionError):
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return "(nested too deeply)"
+
+
+def _has(value: object, name: str) -> bool:
+    return isinstance(value, dict) and name in value
 
 
 def _parsed(result: Result) -> dict[str, Any] | None:
@@ -191,7 +205,7 @@ def _as(kind: type, value: Any) -> Any:
     if kind is int and not -(2**63) <= value < 2**63:
         return None
     if kind is str:
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
+        return value if isinstance(value, str) else _as_json(value)
     return kind(value)
 
 

@@ -17,6 +17,8 @@ from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, Store
 
 #: What a request's limit may be called, the one that counts first.
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+#: What OpenAI's Responses API says, by the finish reason that the others have for it.
+_OF_RESPONSES = {"max_output_tokens": "length", "completed": "stop"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,32 +59,34 @@ class Result:
         body = self.body if self.ok and self.body else {}
         choice = _first(body, "choices")
         if choice is not None:
-            return choice.get("finish_reason")
-        if body.get("object") != "response":
+            reason = choice.get("finish_reason")
+        elif body.get("object") != "response":
             return None
-        reason = (body.get("incomplete_details") or {}).get("reason")
-        if reason is not None:
-            return "length" if reason == "max_output_tokens" else str(reason)
-        return "stop" if body.get("status") == "completed" else body.get("status")
+        else:
+            reason = _object(body.get("incomplete_details")).get("reason") or body.get("status")
+            reason = _OF_RESPONSES.get(reason, reason) if isinstance(reason, str) else None
+        return reason if isinstance(reason, str) else None
 
     @property
     def max_tokens(self) -> int | None:
         """Of an answer that was cut off: the tokens that it was allowed, as far as is known."""
         if self.finish_reason != "length":
             return None
-        asked = (self.request or {}).get("body") or {}
+        asked = _object((self.request or {}).get("body"))
         limits = [asked.get(name) for name in _LIMITS]
-        limits.append((self.body or {}).get("max_output_tokens"))
-        if len((self.body or {}).get("choices") or [None]) == 1:
+        body = self.body or {}
+        limits.append(body.get("max_output_tokens"))
+        if len(body.get("choices") or [None]) == 1:
             limits.append(self.tokens("completion"))
         return next((limit for limit in limits if isinstance(limit, int)), None)
 
     def tokens(self, kind: str) -> int | None:
         """`prompt` or `completion` tokens, where the answer counts them."""
-        usage = (self.body or {}).get("usage") or {}
+        usage = _object((self.body or {}).get("usage"))
         other = {"prompt": "input_tokens", "completion": "output_tokens"}[kind]
         value = usage.get(f"{kind}_tokens", usage.get(other))
-        return value if isinstance(value, int) else None
+        is_count = isinstance(value, int) and not isinstance(value, bool)
+        return value if is_count and 0 <= value < 1 << 63 else None
 
     def json(self) -> Any:
         """The answer's text, parsed as JSON; a code fence around it is taken off.
@@ -107,9 +111,11 @@ def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:
     elif response is None:
         problem = ResultError("no_response", "The request has no response.")
     elif not is_success(status):
-        detail = (body or {}).get("error") or {}
+        said_why = _object(body).get("error")
+        detail = _object(said_why)
         code = detail.get("code") or detail.get("type") or status
-        problem = ResultError(str(code), str(detail.get("message") or f"status {status}"), status)
+        message = said_why if isinstance(said_why, str) else detail.get("message")
+        problem = ResultError(str(code), str(message or f"status {status}"), status)
     return Result(said["custom_id"], status, body, problem, request, line)
 
 
@@ -183,6 +189,15 @@ def lines_of(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield rest
 
 
+def _object(value: object) -> Mapping[str, Any]:
+    """Servers may answer anything where OpenAI's have an object."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(value: object) -> list[Mapping[str, Any]]:
+    return [_object(one) for one in value] if isinstance(value, list) else []
+
+
 def _first(body: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | None:
     items = (body or {}).get(name)
     if isinstance(items, list) and items and isinstance(items[0], dict):
@@ -193,15 +208,15 @@ def _first(body: Mapping[str, Any] | None, name: str) -> Mapping[str, Any] | Non
 def _text(body: Mapping[str, Any]) -> str | None:
     choice = _first(body, "choices")
     if choice is not None:  # chat and completions
-        text = choice.get("text", (choice.get("message") or {}).get("content"))
+        text = choice.get("text", _object(choice.get("message")).get("content"))
         return text if isinstance(text, str) else None
     if body.get("object") == "response":
         parts = [
-            part.get("text", "")
-            for item in body.get("output") or []
+            text
+            for item in _objects(body.get("output"))
             if item.get("type") == "message"
-            for part in item.get("content") or []
-            if part.get("type") == "output_text"
+            for part in _objects(item.get("content"))
+            if part.get("type") == "output_text" and isinstance(text := part.get("text"), str)
         ]
         return "".join(parts) if parts else None
     return None

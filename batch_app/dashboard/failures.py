@@ -160,8 +160,8 @@ def _failure(line: bytes) -> FailureGroup:
     if response is not None:
         status, body = response.get("status_code"), response.get("body")
         error = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(error, dict):
-        error = {}
+    if not isinstance(error, dict):  # a remote server's may be a mere text
+        error = {"message": error} if isinstance(error, str) else {}
     code = error.get("code")
     if not isinstance(code, str) or not code:
         code = error.get("type") or "unknown"

@@ -31,7 +31,8 @@ from batch_app.engine.base import (
 )
 from batch_app.engine.concurrency import Concurrency
 from batch_app.engine.retries import BUSY, is_worth_another_try, pause_s
-from batch_app.engine.server_bodies import SHORTEST, body_to_send, readable, refusal, with_our_name
+from batch_app.engine.server_answers import understood
+from batch_app.engine.server_bodies import SHORTEST, body_to_send, refusal, with_our_name
 from batch_app.engine.server_client import Answer, NoAnswer, ServerClient
 from batch_app.engine.usage import read_answer
 from batch_app.errors import (
@@ -259,7 +260,7 @@ class OpenAIEngine(Engine):
     ) -> None:
         """Make an outcome of an answer, or see to it that the request comes again."""
         if isinstance(answer, Answer):
-            answer = readable(answer)
+            answer = understood(pending.endpoint, answer)
         if isinstance(answer, NoAnswer):
             message = answer.why.encode()
             outcome = Outcome(pending.number, 500, message, error_code=answer.code)
@@ -416,7 +417,7 @@ class OpenAIEngine(Engine):
         fields = {"model": self._spec.source, **SHORTEST[endpoint], **self._server.extra_body}
         answer = await self._client.post(endpoint, orjson.dumps(fields))
         if isinstance(answer, Answer):
-            answer = readable(answer)
+            answer = understood(endpoint, answer)
         if isinstance(answer, NoAnswer):
             what = f"does not work: {answer.why[0].lower()}{answer.why[1:].rstrip('.')}"
         elif is_worth_another_try(answer.status):

@@ -14,7 +14,7 @@ import orjson
 
 from batch_app.core import Endpoint
 from batch_app.engine.base import EngineRequest, Outcome
-from batch_app.engine.server_client import Answer, NoAnswer
+from batch_app.engine.server_answers import error_body
 
 #: The shortest request to each endpoint, to see whether it works.
 SHORTEST: Mapping[str, Mapping[str, Any]] = {
@@ -32,19 +32,17 @@ _fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 def refusal(request: EngineRequest) -> Outcome | None:
     """What isn't sent at all, in the words of the in-process engine."""
     if request.endpoint not in SHORTEST:
-        return _error(request.number, 404, f"There is no {request.endpoint} here", "url")
+        return _refused(request.number, 404, f"There is no {request.endpoint} here", "url")
     with contextlib.suppress(msgspec.MsgspecError):
         fields = _fields(request.body)
         for name in ("stream", "background"):
             if bytes(fields.get(name, b"false")).strip() not in (b"false", b"null"):
-                return _error(request.number, 400, f"`{name}` cannot be true in a batch", name)
+                return _refused(request.number, 400, f"`{name}` cannot be true in a batch", name)
     return None
 
 
-def _error(number: int, status: int, message: str, param: str | None = None) -> Outcome:
-    kind = {400: "BadRequestError", 404: "NotFoundError"}.get(status, "InternalServerError")
-    error = {"message": message, "type": kind, "param": param, "code": status}
-    return Outcome(number, status, orjson.dumps({"error": error}))
+def _refused(number: int, status: int, message: str, param: str) -> Outcome:
+    return Outcome(number, status, error_body(status, message, param))
 
 
 def body_to_send(body: bytes, served_name: str, extra: Mapping[str, Any]) -> bytes:
@@ -56,27 +54,6 @@ def body_to_send(body: bytes, served_name: str, extra: Mapping[str, Any]) -> byt
     for name, value in {"model": served_name, **extra}.items():
         fields[name] = msgspec.Raw(orjson.dumps(value))
     return msgspec.json.encode(fields)
-
-
-def readable(answer: Answer) -> Answer | NoAnswer:
-    """The answer as one line of JSON, which its body will be a part of.
-
-    An error that is no JSON object is put into one; a response that is none is no answer.
-    """
-    try:
-        is_object = isinstance(orjson.loads(answer.body), dict)
-    except orjson.JSONDecodeError:
-        is_object = False
-    if is_object and (answer.status == 200 or not 200 <= answer.status < 300):
-        if b"\n" in answer.body or b"\r" in answer.body:
-            # Between the parts of JSON, where a blank means the same; never in a string.
-            one_line = answer.body.replace(b"\r", b" ").replace(b"\n", b" ")
-            return Answer(answer.status, one_line, answer.retry_after_s)
-        return answer
-    if 200 <= answer.status < 300:
-        return NoAnswer("invalid_response", "The server's answer is no JSON object.")
-    message = f"The server answered {answer.status} without saying more in JSON"
-    return Answer(answer.status, _error(0, answer.status, message).body, answer.retry_after_s)
 
 
 def with_our_name(body: bytes, served_name: str, name: str) -> bytes:

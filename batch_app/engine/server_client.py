@@ -3,17 +3,22 @@
 Says what happened, and decides nothing: retries are `engine.openai`'s. Redirects aren't followed,
 no proxy of the environment is used, an answer has a size it may not exceed. What is raised or told
 has words of its own: never an address, a key, or anything of a request or an answer.
+
+Each request has an id (`x-request-id`). Many servers repeat it, vLLM in the answer's `id`; an
+answer with the id of another request is refused, and `server_transport` says what else is checked.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
+import secrets
 import ssl
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import httpx
 import orjson
@@ -21,6 +26,7 @@ import orjson
 from batch_app import __version__
 from batch_app.core import utc_now
 from batch_app.engine.retries import retry_after_s
+from batch_app.engine.server_transport import SingleAnswerTransport, TwoAnswers
 from batch_app.errors import EngineLoadError, EngineUnavailable
 from batch_app.model_server import ModelServer
 
@@ -28,9 +34,12 @@ from batch_app.model_server import ModelServer
 LOOK_TIMEOUT_S = 30.0
 #: Less than what servers usually wait before they close a connection that is idle: 5 s.
 KEEPALIVE_S = 3.0
+#: Connections are kept beside those that are needed at a time, for each rests before it is reused.
+_MAX_RESTING = 128
 MAX_LOOK_BYTES = 4 << 20
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")
 _MAX_NAMES = 10
+_MAX_LENGTH = (1 << 31) - 1
 _NO_LIST = frozenset({404, 405, 501})
 _KEY_REFUSED = frozenset({401, 403})
 
@@ -75,6 +84,25 @@ class _Encoded(Exception):
     pass
 
 
+class _RequestIds:
+    """Ids of requests, in the form of a UUID: a part that nobody else has, and a number."""
+
+    def __init__(self) -> None:
+        token = secrets.token_hex(9)
+        self._start = f"{token[:8]}-{token[8:12]}-4{token[12:15]}-8{token[15:18]}-"
+        self._numbers = itertools.count(1)
+        self._any = re.compile(re.escape(self._start.encode()) + rb"[0-9a-f]{12}")
+
+    def new(self) -> str:
+        return f"{self._start}{next(self._numbers):012x}"
+
+    def is_of_another(self, request_id: str, headers: httpx.Headers, content: bytes) -> bool:
+        """Whether an answer has ids of ours, and not this one."""
+        told = headers.get("x-request-id", "").encode()
+        found = {*self._any.findall(told), *self._any.findall(content)}
+        return bool(found) and request_id.encode() not in found
+
+
 class ServerClient:
     """For one event loop. Each attempt uses a connection of a pool, and closes it if cancelled."""
 
@@ -92,30 +120,36 @@ class ServerClient:
         }
         if api_key:
             headers["authorization"] = f"Bearer {api_key}"
+        self._ids = _RequestIds()
+        self._transport = SingleAnswerTransport(
+            _tls_context(server, model),
+            max_idle=server.max_concurrency + _MAX_RESTING,
+            keepalive_s=KEEPALIVE_S,
+            reuse=server.reuse_connections,
+        )
         self._http = httpx.AsyncClient(
-            verify=_tls_context(server, model),
+            transport=self._transport,
             trust_env=False,
             follow_redirects=False,
             headers=headers,
-            limits=httpx.Limits(
-                max_connections=None,
-                max_keepalive_connections=server.max_concurrency,
-                keepalive_expiry=KEEPALIVE_S,
-            ),
             timeout=httpx.Timeout(None, connect=server.connect_timeout_s),
         )
 
     async def post(self, endpoint: str, body: bytes) -> Answer | NoAnswer:
         """One attempt. Raises nothing but CancelledError."""
         url = self._server.base_url + endpoint.removeprefix("/v1")
+        request_id = self._ids.new()
         try:
             async with (
                 asyncio.timeout(self._server.timeout_s),
-                self._sent("POST", url, body) as response,
+                self._sent("POST", url, body, {"x-request-id": request_id}) as response,
             ):
                 content = await _read(response, self._server.max_response_bytes)
-                retry_after = retry_after_s(response.headers, utc_now())
-                return Answer(response.status_code, content, retry_after)
+            if self._ids.is_of_another(request_id, response.headers, content):
+                self._transport.stop_reusing()
+                return NoAnswer("connection_error", _OF_ANOTHER)
+            retry_after = retry_after_s(response.headers, utc_now())
+            return Answer(response.status_code, content, retry_after)
         except httpx.ConnectTimeout:
             return NoAnswer("connection_error", _NO_CONNECTION)
         except (TimeoutError, httpx.TimeoutException):
@@ -129,6 +163,8 @@ class ServerClient:
             return NoAnswer("response_too_large", why, is_final=True)
         except _Encoded:
             return NoAnswer("invalid_response", "The server compressed its answer unasked.")
+        except TwoAnswers as error:
+            return NoAnswer("connection_error", str(error))
         except (OSError, httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             return NoAnswer("connection_error", _in_words(error))
 
@@ -157,7 +193,7 @@ class ServerClient:
         length = card.get("max_model_len")
         return ServerFacts(
             software=_plain(card.get("owned_by")),
-            max_model_len=length if isinstance(length, int) and length > 0 else None,
+            max_model_len=length if _is_length(length) else None,
         )
 
     async def version(self) -> str:
@@ -180,9 +216,9 @@ class ServerClient:
 
     @asynccontextmanager
     async def _sent(
-        self, method: str, url: str, body: bytes | None
+        self, method: str, url: str, body: bytes | None, headers: Mapping[str, str] | None = None
     ) -> AsyncIterator[httpx.Response]:
-        async with self._http.stream(method, url, content=body) as response:
+        async with self._http.stream(method, url, content=body, headers=headers) as response:
             yield response
 
     async def _get(self, url: str) -> tuple[int, bytes]:
@@ -203,6 +239,7 @@ class ServerClient:
 
 
 _NO_CONNECTION = "No connection to the server."
+_OF_ANOTHER = "The server sent the answer to another request."
 
 
 async def _read(response: httpx.Response, most: int) -> bytes:
@@ -224,6 +261,11 @@ def _models(content: bytes) -> dict[str, Mapping[str, Any]] | None:
         return {str(card["id"]): card for card in found}
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
+
+
+def _is_length(value: Any) -> TypeGuard[int]:
+    """Whether a model can have a length of so many tokens."""
+    return type(value) is int and 0 < value <= _MAX_LENGTH
 
 
 def _plain(value: Any) -> str:

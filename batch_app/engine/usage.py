@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from batch_app.core import FinishReason, TokenCounts
+from batch_app.core import FinishReason, TokenCounts, token_count
 
 #: By the names of OpenAI, and of servers that speak its API.
 _FINISH_REASONS: Mapping[str, FinishReason] = {
@@ -39,24 +39,6 @@ class AnswerFacts(NamedTuple):
     finish_reason: FinishReason | None
 
 
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    """`usage` in its two spellings: the Responses API says input and output tokens."""
-
-    prompt_tokens: int | None = None
-    input_tokens: int | None = None
-    completion_tokens: int | None = None
-    output_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-    output_tokens_details: _Details | None = None
-
-
 class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
@@ -68,13 +50,15 @@ class _Incomplete(msgspec.Struct):
 class _Body(msgspec.Struct):
     """`status` and `incomplete_details` are the Responses API's."""
 
-    usage: _Usage | None = None
+    usage: Any = None
     choices: list[_Choice] | None = None
     object: str | None = None
     status: str | None = None
     incomplete_details: _Incomplete | None = None
 
 
+#: What decoders raise: of no JSON, of bytes that are not UTF-8, of deep nesting.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _decode = msgspec.json.Decoder(_Body).decode
 
 
@@ -85,18 +69,18 @@ def read_answer(body: bytes) -> AnswerFacts:
     """
     try:
         said = _decode(body)
-    except msgspec.MsgspecError:
+    except _UNREADABLE:
         said = _what_can_be_read(body)
-    return AnswerFacts(*_tokens(said.usage or _Usage()), _finish_reason(said))
+    return AnswerFacts(*_tokens(_mapping(said.usage)), _finish_reason(said))
 
 
 def _what_can_be_read(body: bytes) -> _Body:
     """Of a body with a field of an odd type, the others. Slow."""
     said = _Body()
-    with suppress(msgspec.MsgspecError):
+    with suppress(*_UNREADABLE):
         fields = msgspec.json.decode(body, type=dict[str, Any])
         for field in msgspec.structs.fields(_Body):
-            with suppress(msgspec.MsgspecError):
+            with suppress(*_UNREADABLE):
                 value = msgspec.convert(fields.get(field.name), field.type)
                 setattr(said, field.name, value)
     return said
@@ -116,13 +100,35 @@ def _finish_reason(said: _Body) -> FinishReason | None:
     return next((reason for reason in _FIRST if reason in found), None)
 
 
-def _tokens(usage: _Usage) -> tuple[TokenCounts, bool]:
-    of_prompt = usage.prompt_tokens_details or usage.input_tokens_details or _Details()
-    of_output = usage.completion_tokens_details or usage.output_tokens_details or _Details()
-    counts = TokenCounts(
-        usage.prompt_tokens or usage.input_tokens or 0,
-        usage.completion_tokens or usage.output_tokens or 0,
-        of_prompt.cached_tokens or 0,
-        of_output.reasoning_tokens or 0,
+def _tokens(usage: Mapping[str, Any]) -> tuple[TokenCounts, bool]:
+    """What `usage` counts, in either spelling: the Responses API says input and output tokens. And
+    whether it says how much of the prompt came from the prefix cache.
+
+    Each count that is missing or can't be understood is 0, and none is larger than the results log
+    can hold or than the whole that it is a part of.
+    """
+    prompt = _first(usage, "prompt_tokens", "input_tokens")
+    output = _first(usage, "completion_tokens", "output_tokens")
+    cached = _detail(usage, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
+    reasoning = _detail(
+        usage, "reasoning_tokens", "completion_tokens_details", "output_tokens_details"
     )
-    return counts, of_prompt.cached_tokens is not None
+    counts = TokenCounts(
+        prompt, output, min(token_count(cached), prompt), min(token_count(reasoning), output)
+    )
+    return counts, cached is not None
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _first(usage: Mapping[str, Any], *names: str) -> int:
+    counts = (token_count(usage.get(name)) for name in names)
+    return next((count for count in counts if count), 0)
+
+
+def _detail(usage: Mapping[str, Any], name: str, *places: str) -> object:
+    """None where it isn't told."""
+    found = (_mapping(usage.get(place)).get(name) for place in places)
+    return next((value for value in found if value is not None), None)

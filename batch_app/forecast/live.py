@@ -25,6 +25,8 @@ _PRIOR_ANSWERS, _UNKNOWN_ANSWERS = 8.0, 0.5
 #: Of what steps or finished requests say of the pace, the least uncertainty; what may change yet.
 _STEPS_SIGMA, _REPLAY_SIGMA, _DRIFT_SIGMA = 0.035, 0.015, 0.03
 _WAITING, _BEGUN, _DONE = 0, 1, 2
+#: Of one request; servers may say anything.
+_MOST_TOKENS = np.iinfo(np.int32).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +123,9 @@ class LiveForecast:
         if self._state[place] == _DONE:
             return
         self._state[place] = _DONE
-        self._output[place] = output_tokens
+        self._output[place] = min(output_tokens, _MOST_TOKENS)
         if prompt_tokens:
-            self._prompts[place] = prompt_tokens
+            self._prompts[place] = min(prompt_tokens, _MOST_TOKENS)
             self._prefilled += prompt_tokens
             self._cached += cached_tokens
         self._num_done += 1

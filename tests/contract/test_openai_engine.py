@@ -86,14 +86,17 @@ def test_a_body_goes_out_and_comes_back_as_it_is_but_for_the_models_name(
     assert b"\n" not in outcome.body
     answer = json.loads(outcome.body)
     assert answer["model"] == "ours"
-    assert list(answer) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(answer) == ["id", "created", "model", "object", "choices", "usage"]
     assert answer["choices"][0]["message"]["content"] == "é é"
     assert (outcome.prompt_tokens, outcome.completion_tokens, outcome.cached_tokens) == (2, 2, 1)
     assert "authorization" not in server.headers[0]
 
 
 def test_the_name_of_another_model_that_answered_stays(server: ModelServerStub) -> None:
-    answer = b'{"model":"served-name-2026-01-01","big":123456789012345678901234567890}'
+    answer = (
+        b'{"model":"served-name-2026-01-01","big":123456789012345678901234567890,'
+        b'"choices":[{"text":"x"}]}'
+    )
     server.fault = always(lambda: Response(answer, media_type="application/json"))
     with loaded(server) as engine:
         (outcome,) = run(engine, chat(1))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import ssl
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +23,7 @@ from batch_app.outbox import HOLD_MARGIN_S, Outbox, tls_context
 from batch_app.store import Store
 from batch_app.webhook_targets import requested_webhook
 from batch_app.webhooks import DeliveryState, Webhook, WebhookDelivery
+from support.certificates import make_certificate, server_context
 from support.receiver import Receiver, receiving
 from support.waiting import wait_for
 
@@ -437,18 +436,7 @@ def test_the_next_address_is_tried_where_one_does_not_answer(
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A self-signed certificate and key for each of two names."""
     folder = tmp_path_factory.mktemp("tls")
-    for name in ("hook.intranet", "other.intranet"):
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"),
-                *("ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", f"/CN={name}"),
-                *("-addext", f"subjectAltName=DNS:{name}"),
-                *("-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem"),
-            ],
-            check=True,
-            capture_output=True,
-        )
-    return {name: folder / f"{name}.pem" for name in ("hook.intranet", "other.intranet")}
+    return {name: make_certificate(folder, name) for name in ("hook.intranet", "other.intranet")}
 
 
 @pytest.mark.parametrize(
@@ -466,8 +454,7 @@ def test_tls_is_for_the_name_though_the_address_is_connected_to(
     trusted: str | None,
     arrives: bool,
 ) -> None:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates[shown], certificates[shown].with_suffix(".key"))
+    context = server_context(certificates[shown])
     asked_for: list[str | None] = []
     context.sni_callback = lambda sock, name, ctx: asked_for.append(name)
     post = Post(tmp_path, webhook_ca_file=certificates[trusted] if trusted else None)

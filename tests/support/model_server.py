@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from batch_app.core import Endpoint
 from support.waiting import wait_for
 
 #: What a request meets; None: an answer like any other.
@@ -97,8 +98,7 @@ class ModelServerStub:
             routes=[
                 Route("/v1/models", self._models),
                 Route("/version", self._version),
-                Route("/v1/chat/completions", self._answer, methods=["POST"]),
-                Route("/v1/completions", self._answer, methods=["POST"]),
+                *(Route(path, self._answer, methods=["POST"]) for path in Endpoint),
             ],
             exception_handlers={HTTPException: self._refuse},
         )
@@ -170,15 +170,11 @@ class ModelServerStub:
             if await request.is_disconnected():
                 self.num_broken_off += 1
                 return Response(status_code=499)
-        is_chat = request.url.path.endswith("/chat/completions")
-        text = " ".join(words[:tokens])
-        content = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         answer = {
             "id": f"cmpl-{len(self.bodies)}",
-            "object": "chat.completion" if is_chat else "text_completion",
             "created": 1,
             "model": body["model"],
-            "choices": [{"index": 0, **content, "logprobs": None, "finish_reason": "stop"}],
+            **_content(request.url.path, " ".join(words[:tokens])),
             "usage": {
                 "prompt_tokens": len(words),
                 "completion_tokens": num_steps,
@@ -190,9 +186,30 @@ class ModelServerStub:
 
 
 def _prompt(body: dict[str, Any]) -> str:
-    if "prompt" in body:
-        return str(body["prompt"])
+    for name in ("prompt", "input", "query", "text_1"):
+        if name in body:
+            return str(body[name])
     return str(body["messages"][-1]["content"])
+
+
+def _content(endpoint: str, text: str) -> dict[str, Any]:
+    """What an answer to this endpoint has beside its head and its usage."""
+    if endpoint == Endpoint.CHAT_COMPLETIONS:
+        message = {"role": "assistant", "content": text}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        return {"object": "chat.completion", "choices": [choice]}
+    if endpoint == Endpoint.COMPLETIONS:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop"}
+        return {"object": "text_completion", "choices": [choice]}
+    if endpoint == Endpoint.RESPONSES:
+        part = {"type": "output_text", "text": text}
+        output = [{"type": "message", "role": "assistant", "content": [part]}]
+        return {"object": "response", "status": "completed", "error": None, "output": output}
+    if endpoint == Endpoint.RERANK:
+        return {"results": [{"index": 0, "relevance_score": 0.5}]}
+    if endpoint == Endpoint.SCORE:
+        return {"object": "list", "data": [{"index": 0, "object": "score", "score": 0.5}]}
+    return {"object": "list", "data": [{"index": 0, "object": "embedding", "embedding": [0.5]}]}
 
 
 @contextmanager
