@@ -17,6 +17,8 @@ from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, Store
 
 #: What a request's limit may be called, the one that counts first.
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+#: What OpenAI's Responses API says, by the finish reason that the others have for it.
+_OF_RESPONSES = {"max_output_tokens": "length", "completed": "stop"}
 
 
 @dataclass(frozen=True, slots=True)

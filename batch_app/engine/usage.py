@@ -57,6 +57,8 @@ class _Body(msgspec.Struct):
     incomplete_details: _Incomplete | None = None
 
 
+#: What decoders raise: of no JSON, of bytes that are not UTF-8, of deep nesting.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 _decode = msgspec.json.Decoder(_Body).decode
 
 
@@ -79,7 +81,7 @@ def _what_can_be_read(body: bytes) -> _Body:
     with suppress(msgspec.MsgspecError, ValueError, RecursionError):
         fields = msgspec.json.decode(body, type=dict[str, Any])
         for field in msgspec.structs.fields(_Body):
-            with suppress(msgspec.MsgspecError):
+            with suppress(*_UNREADABLE):
                 value = msgspec.convert(fields.get(field.name), field.type)
                 setattr(said, field.name, value)
     return said

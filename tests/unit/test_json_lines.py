@@ -14,9 +14,9 @@ from batch_app.audit import AuditLog, Deed
 from batch_app.cli.terminal import show_json
 from batch_app.client.results import result_of
 from batch_app.client.source import Source
-from batch_app.core import TokenCounts
+from batch_app.core import Endpoint, TokenCounts
 from batch_app.dashboard.events import event
-from batch_app.engine.server_bodies import readable
+from batch_app.engine.server_answers import understood
 from batch_app.engine.server_client import Answer, NoAnswer
 from batch_app.json_lines import escape_line_separators
 from batch_app.logs import JsonFormatter
@@ -120,9 +120,10 @@ def test_other_lines_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("separator", [each for each in SEPARATORS if each < " "])
 def test_a_servers_answer_with_a_raw_control_character_is_no_answer(separator: str) -> None:
     """In a string, where JSON forbids it; between the parts, line ends become blanks."""
-    inside = Answer(200, b'{"text": "a%bb"}' % separator.encode(), None)
-    assert isinstance(readable(inside), NoAnswer)
-    between = readable(Answer(200, b'{"text":%b"b"}' % separator.encode(), None))
+    path = Endpoint.COMPLETIONS
+    inside = Answer(200, b'{"choices": [{"text": "a%bb"}]}' % separator.encode(), None)
+    assert isinstance(understood(path, inside), NoAnswer)
+    between = understood(path, Answer(200, b'{"choices":%b[{}]}' % separator.encode(), None))
     if separator in "\r\n":
         assert isinstance(between, Answer)
         assert is_one_line(between.body)
