@@ -56,24 +56,25 @@ class Result:
 
         Of the Responses API: `length` for an answer that is incomplete for want of tokens.
         """
-        body = _object(self.body) if self.ok else {}
+        body = self.body if self.ok and self.body else {}
         choice = _first(body, "choices")
         if choice is not None:
-            return _text_or_none(choice.get("finish_reason"))
-        if body.get("object") != "response":
+            reason = choice.get("finish_reason")
+        elif body.get("object") != "response":
             return None
-        reason = _text_or_none(_object(body.get("incomplete_details")).get("reason"))
-        if reason is not None:
-            return "length" if reason == "max_output_tokens" else reason
-        return "stop" if body.get("status") == "completed" else _text_or_none(body.get("status"))
+        else:
+            reason = _object(body.get("incomplete_details")).get("reason") or body.get("status")
+            reason = _OF_RESPONSES.get(reason, reason) if isinstance(reason, str) else None
+        return reason if isinstance(reason, str) else None
 
     @property
     def max_tokens(self) -> int | None:
         """Of an answer that was cut off: the tokens that it was allowed, as far as is known."""
         if self.finish_reason != "length":
             return None
-        asked, body = _object(_object(self.request).get("body")), _object(self.body)
+        asked = _object((self.request or {}).get("body"))
         limits = [asked.get(name) for name in _LIMITS]
+        body = self.body or {}
         limits.append(body.get("max_output_tokens"))
         choices = body.get("choices")
         if not isinstance(choices, list) or len(choices) == 1:
@@ -97,10 +98,6 @@ class Result:
         if self.text is None:
             raise ValueError("there is no answer")
         return orjson.loads(_without_fence(self.text))
-
-
-def _text_or_none(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def result_of(line: bytes, request: Mapping[str, Any] | None = None) -> Result:

@@ -65,12 +65,11 @@ _decode = msgspec.json.Decoder(_Body).decode
 def read_answer(body: bytes) -> AnswerFacts:
     """Return what the body of a response with status 200 says of itself.
 
-    Whatever of it can't be understood is left out: tokens are 0 then, the finish reason is None. No
-    count is larger than the results log can hold, or than the whole that it is a part of.
+    Whatever of it can't be understood is left out: tokens are 0 then, the finish reason is None.
     """
     try:
         said = _decode(body)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except _UNREADABLE:
         said = _what_can_be_read(body)
     return AnswerFacts(*_tokens(_mapping(said.usage)), _finish_reason(said))
 
@@ -78,7 +77,7 @@ def read_answer(body: bytes) -> AnswerFacts:
 def _what_can_be_read(body: bytes) -> _Body:
     """Of a body with a field of an odd type, the others. Slow."""
     said = _Body()
-    with suppress(msgspec.MsgspecError, ValueError, RecursionError):
+    with suppress(*_UNREADABLE):
         fields = msgspec.json.decode(body, type=dict[str, Any])
         for field in msgspec.structs.fields(_Body):
             with suppress(*_UNREADABLE):
@@ -102,7 +101,12 @@ def _finish_reason(said: _Body) -> FinishReason | None:
 
 
 def _tokens(usage: Mapping[str, Any]) -> tuple[TokenCounts, bool]:
-    """In either spelling: the Responses API says input and output tokens."""
+    """What `usage` counts, in either spelling: the Responses API says input and output tokens. And
+    whether it says how much of the prompt came from the prefix cache.
+
+    Each count that is missing or can't be understood is 0, and none is larger than the results log
+    can hold or than the whole that it is a part of.
+    """
     prompt = _first(usage, "prompt_tokens", "input_tokens")
     output = _first(usage, "completion_tokens", "output_tokens")
     cached = _detail(usage, "cached_tokens", "prompt_tokens_details", "input_tokens_details")
