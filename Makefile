@@ -7,7 +7,7 @@ PYTHON_IN_VENV := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench torture screenshots audit clean
+.PHONY: help setup demo test lint format bench gpu-check torture screenshots audit clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,12 @@ bench: setup  ## Measure against vLLM's own batch runner (BENCH=workload, RUNS=3
 	$(PYTHON_IN_VENV) -m benchmarks.peer --workload $(BENCH) --runs $(RUNS) \
 	    --json $(BENCH_OUT)$(if $(filter all,$(BENCH)),,/$(BENCH).json) \
 	    --plot $(BENCH_OUT)$(if $(filter all,$(BENCH)),,/$(BENCH).svg)
+
+GPU_CHECK_ARGS ?=
+GPU_CHECK_JSON ?= data/bench/gpu-check.json
+
+gpu-check: setup  ## Prove on a GPU that the engine works, in six minutes (GPU_CHECK_ARGS=--full, --cpu, …; GPU_CHECK_JSON=report)
+	$(PYTHON_IN_VENV) -m benchmarks.gpu --json $(GPU_CHECK_JSON) $(GPU_CHECK_ARGS)
 
 clean:  ## Remove caches and build output; keeps .venv and data
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .schemathesis \
