@@ -84,6 +84,9 @@ class Connection:
             base_url=self.url,
             headers=headers,
             timeout=httpx.Timeout(timeout_s, connect=10.0),
+            # One request for each connection: after a proxy that answers one of them twice, every
+            # later one would get its neighbour's answer.
+            limits=httpx.Limits(max_keepalive_connections=0),
             # A proxy of the environment has no business with a server on this machine.
             trust_env=urlsplit(self.url).hostname not in _LOOPBACK,
         )

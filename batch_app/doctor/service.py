@@ -50,7 +50,8 @@ def _server(settings: Settings) -> Iterator[Finding]:
         yield fail("API server", f"{place}: {error.strerror or error}", "correct the setting host")
         return
     try:
-        with httpx.Client(trust_env=False, timeout=_ANSWER_S) as client:
+        alone = httpx.Limits(max_keepalive_connections=0)  # whoever it is may say too much
+        with httpx.Client(trust_env=False, timeout=_ANSWER_S, limits=alone) as client:
             alive = client.get(f"{url}/livez").json()
             health = client.get(f"{url}/health").json()
         version, checks = alive["version"], health["checks"]

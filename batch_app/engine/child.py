@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from batch_app.engine.base import Engine, EngineInfo, ModelSpec
+from batch_app.engine.base import Engine, EngineInfo, ModelSpec, Outcome
 from batch_app.engine.channel import (
     Cancel,
     Cancelled,
@@ -59,6 +59,8 @@ IDLE_S = 5.0
 #: last of the core's threads, so a slice taken from one of them is taken from all.
 NICER_ON_CPU = 10
 STATS_EVERY_S = 0.5
+#: Of bodies in one message, whose length has four bytes: a server's answers may be large.
+MAX_FINISHED_BYTES = 256 << 20
 
 
 def make_engine(spec: ModelSpec, api_key: str = "") -> Engine:
@@ -184,11 +186,25 @@ def _work(engine: Engine, inbox: queue.SimpleQueue[ToEngine], channel: Channel) 
         outcomes = engine.collect(COLLECT_S)
         if outcomes:
             in_flight.difference_update(outcome.number for outcome in outcomes)
-            channel.send(Finished(outcomes))
+            for some in _portions(outcomes):
+                channel.send(Finished(some))
         now = time.monotonic()
         if now >= next_stats or not in_flight:
             channel.send(Reading(engine.stats()))
             next_stats = now + STATS_EVERY_S
+
+
+def _portions(outcomes: list[Outcome], most_bytes: int = MAX_FINISHED_BYTES) -> list[list[Outcome]]:
+    """The outcomes in lists that have so many bytes of bodies at most, or a single outcome."""
+    portions: list[list[Outcome]] = [[]]
+    size = 0
+    for outcome in outcomes:
+        size += len(outcome.body)
+        if size > most_bytes and portions[-1]:
+            portions.append([])
+            size = len(outcome.body)
+        portions[-1].append(outcome)
+    return portions
 
 
 def _isolate() -> str:

@@ -14,8 +14,10 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from batch_app.core import Endpoint
 from batch_app.engine.base import Engine, EngineRequest, ModelSpec, Outcome
 from batch_app.engine.openai import OpenAIEngine
+from batch_app.engine.server_bodies import SHORTEST
 from batch_app.errors import EngineUnavailable
 from contract.engine_conformance import (
     CHAT,
@@ -238,6 +240,61 @@ def test_without_a_usable_response_there_is_an_error_line(
         outcome = failed(run(engine, chat(1), chat(2, "poison"), chat(3)))
     assert outcome.error_code == code
     assert "Hello" not in outcome.body.decode()
+
+
+# -- answers of status 200 that are none -----------------------------------------------------------
+
+
+def in_a_200(content: object, **headers: str) -> Response:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Response(json.dumps(content), headers=named, media_type="application/json")
+
+
+@pytest.mark.parametrize("code", [429, "503", 500, 408])
+def test_an_error_in_a_200_comes_again_if_its_status_would(
+    server: ModelServerStub, code: object
+) -> None:
+    answer = {"error": {"message": "Not now.", "code": code}}
+    server.faults = [always(lambda: in_a_200(answer))] * 2
+    with loaded(server) as engine:
+        outcomes = run(engine, *(chat(number, f"say {number}") for number in range(5)))
+    assert [one.status_code for one in outcomes] == [200] * 5
+    assert len(server.bodies) == 7
+
+
+def test_the_pause_that_an_error_in_a_200_asks_for_is_kept(server: ModelServerStub) -> None:
+    answer = {"error": {"message": "Not now.", "code": 429}}
+    server.faults = [always(lambda: in_a_200(answer, retry_after="1"))]
+    with loaded(server, min_concurrency=1, max_concurrency=1) as engine:
+        started = time.monotonic()
+        outcomes = run(engine, *(chat(number) for number in range(3)))
+        took_s = time.monotonic() - started
+    assert [one.status_code for one in outcomes] == [200] * 3
+    assert took_s >= 1.0
+
+
+@pytest.mark.parametrize("endpoint", sorted(Endpoint))
+def test_a_server_that_answers_everything_with_an_error_refuses_each_request(
+    server: ModelServerStub, endpoint: str
+) -> None:
+    """As one that doesn't know the endpoint: no batch waits for that to change."""
+    answer = {"error": "Unexpected endpoint or method."}
+    server.fault = always(lambda: in_a_200(answer))
+    body = json.dumps(SHORTEST[endpoint]).encode()
+    with loaded(server) as engine:
+        outcomes = run(engine, *(EngineRequest(number, endpoint, body) for number in range(3)))
+    assert [one.status_code for one in outcomes] == [400] * 3
+    assert json.loads(outcomes[0].body) == answer
+    assert len(server.bodies) == 3
+
+
+@pytest.mark.parametrize("endpoint", sorted(Endpoint))
+def test_every_endpoint_has_good_answers(server: ModelServerStub, endpoint: str) -> None:
+    with loaded(server) as engine:
+        (outcome,) = run(
+            engine, EngineRequest(1, endpoint, json.dumps(SHORTEST[endpoint]).encode())
+        )
+    assert outcome.status_code == 200
 
 
 # -- when the server is given up -------------------------------------------------------------------

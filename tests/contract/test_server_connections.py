@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import ssl
 import threading
@@ -245,3 +246,89 @@ def test_connections_to_a_server_without_a_defect_are_reused(
     ):
         assert_own_answers(run(engine, *saying(60)))
         assert server.num_connections < 40
+
+
+# -- answers that are no proper HTTP, or have no end -----------------------------------------------
+
+
+async def too_many_headers(request: RawRequest) -> None:
+    await request.write(b"HTTP/1.1 200 OK\r\n" + b"x-more: and more\r\n" * 20_000 + b"\r\n")
+
+
+async def no_http(request: RawRequest) -> None:
+    await request.write(b"220 mail.example ESMTP\r\n\r\n")
+
+
+async def compressed(request: RawRequest) -> None:
+    body = gzip.compress(request.said())
+    await request.write(http_answer(body, content_encoding="gzip"))
+
+
+async def a_redirect(request: RawRequest) -> None:
+    await request.write(http_answer(b"", "307 Temporary Redirect", location="/elsewhere"))
+
+
+async def a_body_without_end(request: RawRequest) -> None:
+    await request.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    while True:
+        await request.write(b"x" * 65536)
+
+
+async def a_byte_now_and_then(request: RawRequest) -> None:
+    await request.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
+    while True:
+        await request.write(b"x")
+        await asyncio.sleep(0.05)
+
+
+async def interim_answers_without_end(request: RawRequest) -> None:
+    while True:
+        await request.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await asyncio.sleep(0.01)
+
+
+async def two_lengths(request: RawRequest) -> None:
+    body = request.said()
+    await request.write(
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+    )
+
+
+async def a_cut_chunk(request: RawRequest) -> None:
+    await request.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nffff\r\n{")
+    request.writer.close()
+
+
+@pytest.mark.parametrize(
+    ("odd", "code"),
+    [
+        (too_many_headers, "connection_error"),
+        (no_http, "connection_error"),
+        (compressed, "invalid_response"),
+        (a_redirect, ""),
+        (a_body_without_end, "response_too_large"),
+        (a_byte_now_and_then, "request_timeout"),
+        (interim_answers_without_end, "request_timeout"),
+        (two_lengths, "connection_error"),
+        (a_cut_chunk, "connection_error"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_harms_no_other(
+    certificate: Path, tls: ssl.SSLContext | None, odd: Answer, code: str
+) -> None:
+    async def answer(request: RawRequest) -> None:
+        if request.prompt == "say 3":
+            await odd(request)
+        else:
+            await request.write(http_answer(request.said()))
+
+    limits = {"timeout_s": 5.0, "max_retries": 0, "max_response_bytes": 1 << 20}
+    with (
+        raw_serving(answer, tls) as server,
+        engine_for(server, certificate, **limits, **at_most(4)) as engine,
+    ):
+        outcomes = run(engine, *saying(20))
+    failed = outcomes.pop(3)
+    assert failed.error_code == code
+    assert failed.status_code == 500 if code else failed.status_code == 307
+    assert_own_answers(outcomes)

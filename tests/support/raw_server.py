@@ -50,8 +50,12 @@ class RawRequest:
         return json.dumps({**answer, "choices": choices, **fields}).encode()
 
     async def write(self, data: bytes) -> None:
+        """Raises OSError once the other side is gone."""
+        if self.writer.is_closing():
+            raise ConnectionResetError
         self.writer.write(data)
         await self.writer.drain()
+        await asyncio.sleep(0)
 
 
 #: Writes what this request gets.

@@ -250,3 +250,16 @@ def test_large_logs_are_scanned_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     fill(log, range(200))
     log.close()
     assert list(iter_results(tmp_path)) == [line(number) for number in range(200)]
+
+
+@pytest.mark.parametrize("count", [-35, 2**32, 2**70])
+def test_a_count_that_no_frame_can_hold_costs_no_result(tmp_path: Path, count: int) -> None:
+    log = ResultsLog(tmp_path, 1, epoch=1)
+    log.append(0, 200, TokenCounts(count, 5, count, count), b"{}")
+    progress = log.commit()
+    log.close()
+    nearest = min(max(count, 0), 2**32 - 1)
+    assert progress.tokens == TokenCounts(nearest, 5, nearest, nearest)
+    again = ResultsLog(tmp_path, 1, epoch=2)
+    assert (again.progress, again.num_damaged) == (progress, 0)
+    again.close()
