@@ -401,6 +401,6 @@ def locations(name: str) -> tuple[str, ...]:
         KeyError: the list has no such symbol.
     """
     for symbol in SYMBOLS:
-        if parse_use(symbol.use).name == name:
+        if symbol.use and parse_use(symbol.use).name == name:
             return symbol.modules
     raise KeyError(name)

@@ -82,6 +82,14 @@ def test_a_symbol_stands_in_one_entry() -> None:
     assert len({name for name, _ in names}) == len(names)
 
 
+def test_the_locations_of_every_symbol_can_be_asked_for() -> None:
+    for symbol in SYMBOLS:
+        if symbol.use:
+            assert locations(parse_use(symbol.use).name) == symbol.modules
+    with pytest.raises(KeyError):
+        locations("no_such_thing")
+
+
 def test_the_flags_are_read_from_the_same_places() -> None:
     places = {
         "EngineArgs": vllm_flags._ENGINE,
