@@ -130,8 +130,8 @@ def _on_vllm() -> str:
         return ""
     report = json.loads(REPORT_ON_VLLM.read_text(encoding="utf-8"))
     return (
-        "\n**On real vLLM** (`make torture ENGINE=vllm TRIALS=30`, the demo model on a CPU). The last "
-        f"last report ([reliability-vllm.json](reliability-vllm.json)), of {report['date']}: "
+        "\n**On real vLLM** (`make torture ENGINE=vllm TRIALS=30`, the demo model on a CPU). "
+        f"The last report ([reliability-vllm.json](reliability-vllm.json)), of {report['date']}: "
         f"{report['trials']} trials from seed {report['seed']}, {report['requests']:,} requests, "
         f"{len(report['failures'])} failures, in {report['seconds']:,} s.\n\n"
         + _what_failed(report)
