@@ -104,7 +104,11 @@ SYMBOLS: tuple[Symbol, ...] = (
         ("vllm.config",),
         ("enable_chunked_prefill", "max_num_batched_tokens", "max_num_seqs"),
     ),
-    Symbol("ParallelConfig", ("vllm.config",), ("_api_process_count",)),
+    Symbol(
+        "ParallelConfig",
+        ("vllm.config",),
+        ("_api_process_count", "distributed_executor_backend"),
+    ),
     Symbol("CompilationConfig", ("vllm.config",), ("mode: CompilationMode",)),
     Symbol("CompilationMode", ("vllm.config.compilation",), ("NONE",)),
     Symbol("KernelConfig", ("vllm.config.kernel",), ("ir_op_priority: IrOpPriorityConfig",)),
