@@ -114,9 +114,7 @@ class VllmEngine(Engine):
         from batch_app.engine.vllm_serving import OpenAIApp
 
         grammars = self._grammars = GrammarChecker.start()
-        core = self._core = CoreProcess.start(
-            partial(load_error, self.spec, log=self._log), method
-        )
+        core = self._core = CoreProcess.start(partial(load_error, self.spec, log=self._log), method)
         setup = make_setup(self.spec)
         config, args, self._tried = setup.config, setup.args, setup.tried
         core.configure(config, self._tried)

@@ -255,7 +255,8 @@ class _Compiler:
     """vLLM's own structured-output manager, used as its engine uses it."""
 
     def __init__(self, config: Any) -> None:
-        from vllm.sampling_params import SamplingParams, StructuredOutputsParams
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
         from vllm.v1.structured_output import StructuredOutputManager
 
         self._config = config

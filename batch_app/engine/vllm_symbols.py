@@ -246,6 +246,27 @@ SYMBOLS: tuple[Symbol, ...] = (
             "def assign_request_id(request)",
         ),
     ),
+    # -- constraints, compiled as the engine compiles them (vllm_grammars) ------------------------
+    Symbol(
+        "SamplingParams(temperature=_, max_tokens=_, ignore_eos=_, structured_outputs=_)",
+        ("vllm",),
+        ("structured_outputs: StructuredOutputsParams", "_validate_structured_outputs(_, _, _)"),
+    ),
+    Symbol(
+        "StructuredOutputsParams(json_object=_)",
+        ("vllm.sampling_params",),
+        ("json", "regex", "choice", "grammar", "structural_tag", "whitespace_pattern"),
+    ),
+    Symbol(
+        "StructuredOutputManager(_)",
+        ("vllm.v1.structured_output",),
+        ("grammar_init(_)", "tokenizer", "_use_async_grammar_compilation"),
+    ),
+    Symbol(
+        "StructuredOutputRequest",
+        ("vllm.v1.structured_output.request",),
+        ("from_sampling_params(_) -> StructuredOutputRequest", "grammar"),
+    ),
     # -- vLLM's OpenAI application (vllm_serving) -------------------------------------------------
     Symbol(
         "build_app(_, _, _)",
@@ -283,7 +304,6 @@ SYMBOLS: tuple[Symbol, ...] = (
     Symbol("CpuGpuBuffer", ("vllm.v1.utils",), ("np",)),
     # -- tests and benchmarks ---------------------------------------------------------------------
     Symbol("LLM", ("vllm",), ("chat(_, _, use_tqdm=_)",), tests_only=True),
-    Symbol("SamplingParams(temperature=_, max_tokens=_, ignore_eos=_)", ("vllm",), tests_only=True),
     Symbol("", ("vllm.entrypoints.openai.run_batch",), tests_only=True),
     Symbol("", ("vllm.entrypoints.openai.api_server",), tests_only=True),
     Symbol("BatchRequestOutput", _RUN_BATCH, tests_only=True),
@@ -323,6 +343,9 @@ ENVIRONMENT = (
     "VLLM_USE_FLASHINFER_SAMPLER",
     "VLLM_WORKER_MULTIPROC_METHOD",
 )
+
+#: Those that only some releases have: there is nothing to set in the others.
+ENVIRONMENT_OF_SOME = ("VLLM_CHAT_TEMPLATE_RENDER_TIMEOUT",)
 
 #: What vLLM's routes use of their engine client and ours does not offer, because no request of a
 #: batch reaches it: adapters, disaggregated prefill, late-interaction scoring on the workers.

@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from batch_app.engine.vllm_symbols import ENVIRONMENT, SYMBOLS, Kind, Symbol, Use, parse_use
+from batch_app.engine.vllm_symbols import (
+    ENVIRONMENT,
+    ENVIRONMENT_OF_SOME,
+    SYMBOLS,
+    Kind,
+    Symbol,
+    Use,
+    parse_use,
+)
 
 #: The names of the symbols that a value may be, or be an instance of.
 Classes: TypeAlias = frozenset[str]
@@ -135,7 +143,10 @@ class _Reader:
                 ):
                     self._report(node, ast.unparse(node))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if _ENVIRONMENT.fullmatch(node.value) and node.value not in ENVIRONMENT:
+                if _ENVIRONMENT.fullmatch(node.value) and node.value not in (
+                    *ENVIRONMENT,
+                    *ENVIRONMENT_OF_SOME,
+                ):
                     self._report(node, f"${node.value}")
                 elif _MODULE.fullmatch(node.value) and not any(
                     module == node.value or module.startswith(f"{node.value}.")
