@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import logging
 import os
 import queue
 import signal
@@ -227,6 +228,8 @@ def main() -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Some library of an engine's raises the root's level, and would silence our warnings.
+    logging.getLogger("batch_app").setLevel(logging.WARNING)
     channel = Channel(socket.socket(fileno=descriptor))
     try:
         return serve(channel, engine_name, not_isolated)
