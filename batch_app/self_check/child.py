@@ -57,7 +57,8 @@ def run(target: str, options: Options, result: ResultFile) -> None:
         result.write(Status.FAIL, str(failure))
     except ModuleNotFoundError as error:
         traceback.print_exc()
-        result.write(Status.FAIL, f"the Python package {error.name!r} is missing")
+        missing = f"the Python package {error.name!r} is missing" if error.name else str(error)
+        result.write(Status.FAIL, missing)
     except BatchAppError as error:
         traceback.print_exc()
         result.write(Status.FAIL, error.message)

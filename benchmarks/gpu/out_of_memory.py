@@ -30,7 +30,9 @@ _OUTPUT_TOKENS = 4
 
 
 def recover(options: Options, note: Note) -> str:
-    """Take the memory away that the next step needs, send large prompts, and begin again.
+    """Take the memory away that the next step needs, send a full step, and begin again.
+
+    The logits of a full step are what takes most: a row of the whole vocabulary for each request.
 
     Fails if the engine dies of anything but memory, or doesn't come back with smaller limits.
     Skipped if it never runs out: what it had allocated before may be enough.

@@ -106,9 +106,9 @@ def full_steps(*, on_gpu: bool) -> tuple[Step, ...]:
             "benchmarks.gpu.out_of_memory:recover",
             budget_s=180,
             least_s=60,
-            options=_throughput("qwen3-small", 16, 512, 4)
+            options=_throughput("qwen3-small", 512, 16, 4)
             if small
-            else _throughput("qwen3-0.6b", 64, 2048, 4),
+            else _throughput("qwen3-0.6b", 2048, 128, 4),
         ),
         Step(
             "many-switches",
