@@ -293,6 +293,15 @@ class Settings(BaseSettings):
         description="Seconds between looks at an empty queue. A new batch wakes the worker at "
         "once where both share the data folder or PostgreSQL; this is the fallback.",
     )
+    pause_first_s: float = Field(
+        1.0,
+        gt=0,
+        description="Seconds until a paused batch is tried again. Each further pause without "
+        "progress is twice as long; where trying costs a load of the model, 30 times as long.",
+    )
+    pause_longest_s: float = Field(
+        60.0, gt=0, description="The longest of these pauses, before the factor of 30."
+    )
     lease_s: float = Field(
         30.0, gt=1, description="Seconds after which a silent worker's batch may be taken over."
     )

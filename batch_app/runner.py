@@ -33,6 +33,7 @@ from batch_app.engine.base import Engine, EngineInfo, EngineStats
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
+    BatchAppError,
     Conflict,
     EngineError,
     EngineUnavailable,
@@ -41,6 +42,7 @@ from batch_app.errors import (
     StorageFull,
     StoreUnavailable,
 )
+from batch_app.failure_policy import Pause, decide
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
@@ -56,7 +58,8 @@ from batch_app.outlook import Left, Outlook
 from batch_app.planner import Group, plan
 from batch_app.progress_log import ProgressLog
 from batch_app.provenance import model_revision, run_facts, with_run
-from batch_app.registry import ModelEntry, ModelRegistry
+from batch_app.registry import ModelEntry
+from batch_app.registry_watch import WatchedRegistry
 from batch_app.result_copies import ResultCopies, fetch_results_log
 from batch_app.results import ResultsLog
 from batch_app.shared_files import fetch_index, fetch_input, remove_work, share_log
@@ -66,6 +69,8 @@ from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
 logger = logging.getLogger(__name__)
+
+LOOK_FOR_FOLDER_S = 1.0
 
 
 class Runner:
@@ -83,8 +88,12 @@ class Runner:
         clock: Callable[[], datetime] = utc_now,
         prefetch: Prefetch | None = None,
         next_model: Callable[[], str | None] = lambda: None,
+        registry: WatchedRegistry | None = None,
     ) -> None:
         """`next_model`: which one the next batch in the queue needs, as it stands now."""
+        self._registry = registry or WatchedRegistry(settings.models)
+        #: The model that was at work last.
+        self.model = ""
         self._prefetch = prefetch or Prefetch()
         self._next_model = next_model
         self._store = store
@@ -94,17 +103,18 @@ class Runner:
         self._benchmarks = benchmarks
         self._stop = stop
         self._clock = clock
-        self.outlook = Outlook(lambda: ModelRegistry.load(settings.models), benchmarks)
+        self.outlook = Outlook(lambda: self._registry.current, benchmarks)
 
     def run(self, batch: Batch) -> None:
         """Work on a batch that was just claimed until it is published, or has to be given back.
 
         Raises:
             LeaseLost: another worker has it.
-            StorageFull, ResultsLogError, StoreUnavailable, ObjectsUnavailable, OSError,
-                EngineUnavailable: it can't go on at the moment; what is committed stays, and the
-                caller gives the batch back.
+            Others: it can't go on. What is committed stays; `failure_policy` says whether the
+                caller has to pause the batch or to fail it.
         """
+        self.model = batch.model
+        self._data.require_present()
         self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
         batch_log = BatchLog(self._data.log_file(batch.id))
         crash_point("claimed")
@@ -162,7 +172,7 @@ class Runner:
             return Index.load(folder)
         except IndexUnreadable as error:
             batch_log.write(f"{error.message} Making it anew.")
-        rules = intake_rules(batch, self._settings, ModelRegistry.load(self._settings.models))
+        rules = intake_rules(batch, self._settings, self._registry.current)
         index_file(self._data.input_file(batch.input_file_id), folder, rules)
         return Index.load(folder)
 
@@ -200,6 +210,7 @@ class _Run:
         self._tally = Tally(index)
         self._entry: ModelEntry | None = None
         self._revision: str | None = None
+        self._next_look = 0.0
         self._foresight = Foresight(
             outlook=runner.outlook,
             planning=planning_of(runner.outlook, runner._settings, batch),
@@ -234,25 +245,28 @@ class _Run:
             self._finish(BatchStatus.EXPIRED)
         except Stopped:
             self._give_back()
-        except EngineUnavailable:
-            self._runner._slot.unload()
-            if self._runner._stop.is_set():
-                self._give_back()
-                return
-            self._keeper.flush()
-            raise
         except (EngineError, ModelNotFound) as error:
+            if isinstance(error, EngineUnavailable):
+                self._runner._slot.unload()
             if self._runner._stop.is_set():
                 self._give_back()
                 return
             self._keeper.flush()
-            self._batch_log.write(f"Failed: {error.message}")
-            self._finish(BatchStatus.FAILED, error.message)
+            self._end_or_raise(error)
+
+    def _end_or_raise(self, error: BatchAppError) -> None:
+        """Where the error is this batch's end, publish what there is; else the caller pauses it."""
+        runner = self._runner
+        decision = decide(error, runner._store.get_batch(self._batch.id), runner.model)
+        if isinstance(decision, Pause):
+            raise error
+        self._batch_log.write(f"Failed: {decision.message}")
+        self._finish(BatchStatus.FAILED, decision.message)
 
     # -- running -------------------------------------------------------------------------------
 
     def _run_groups(self) -> None:
-        registry = ModelRegistry.load(self._settings.models)
+        registry = self._runner._registry.current
         input_path = self._runner._data.input_file(self._batch.input_file_id)
         slot, todo = self._runner._slot, self._log.todo()
         after = dict(pairwise(self._index.models_of(todo)))
@@ -296,6 +310,7 @@ class _Run:
                 on_engine=self._on_engine,
             )
             for group in groups:
+                self._runner.model = group.model
                 entry = registry.get(group.model)
                 self._warmup = None
                 self._copy_answers(group, copies)
@@ -364,6 +379,7 @@ class _Run:
     def _check(self, *, draining: bool) -> None:
         """Raise whatever should end this run: LeaseLost, a full disk, Cancelled, Stopped."""
         self._keeper.check()
+        self._look_for_folder()
         if self._keeper.cancel_requested.is_set():
             raise Cancelled
         ends = self._batch.expires_at if self._batch.status is BatchStatus.RUNNING else None
@@ -371,6 +387,13 @@ class _Run:
             raise Expired
         if self._runner._stop.is_set() and not draining:
             raise Stopped
+
+    def _look_for_folder(self) -> None:
+        """Raises StorageLost. What is written into a folder that was removed is lost."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_FOR_FOLDER_S
+            self._runner._data.require_present()
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
         if deliveries:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from itertools import pairwise
 
-from batch_app.core import Batch, BatchStatus, Sample, Waiting
+from batch_app.core import Batch, BatchStatus, Paused, Sample, Waiting
 from batch_app.dashboard.formats import between, count, duration, iso, ordinal, plural
 from batch_app.estimates import Estimate
 from batch_app.store import WorkerRow
@@ -230,8 +230,8 @@ def _note(batch: Batch, line: Line, crew: Crew) -> str:
     """Why it stands where it stands; empty where that needs no words."""
     if batch.is_terminal:
         return batch.error_message or ""
-    if batch.pause_reason:
-        return f"Paused: {batch.pause_reason}"
+    if batch.paused:
+        return f"Paused: {batch.paused.reason}{_next_try(batch.paused)}"
     if batch.status is BatchStatus.VALIDATING:
         return "The lines of its file are being checked."
     if batch.status is BatchStatus.QUEUED:
@@ -249,6 +249,14 @@ def _note(batch: Batch, line: Line, crew: Crew) -> str:
         if mine is not None and mine.model != batch.model:
             return f"Loading {batch.model}."
         return "The first requests are running."
+    return ""
+
+
+def _next_try(paused: Paused) -> str:
+    if paused.retry_at is not None:
+        return f" Next try at {paused.retry_at:%H:%M:%S} UTC."
+    if paused.entry is not None:
+        return f" It is tried again when the registry's entry of {paused.model} changes."
     return ""
 
 

@@ -115,8 +115,8 @@ class EngineHost(Engine):
 
     def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         folder = self.spec.source
-        if self.spec.engine == "vllm":
-            folder = self.folder = local_folder(self.spec, self._start_timeout_s)
+        if self.spec.engine == "vllm" or self.spec.engine_args.get("from_hub"):
+            folder = self.folder = local_folder(self.spec, self._start_timeout_s, self._interrupted)
         self._start()
         spec = msgspec.structs.replace(self.spec, source=folder)
         self._send(Load(spec, self._api_key(), list(ahead)))

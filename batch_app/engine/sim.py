@@ -11,6 +11,7 @@ faults `fail_load`, `die_after`, `hang_after` (after so many answers), `poison` 
 with this word, be it told ahead while it loads) and `memory_seqs` (for more at a time it has no
 memory). With `hold_after` and `hold_while` it stands still after so many answers, as long as this
 file exists: what has to happen in the middle of a batch does, however fast or slow the machine.
+With `from_hub` its `source` is fetched from the model hub as a model's is, and not looked at.
 To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
@@ -56,6 +57,7 @@ _KNOWN_ARGS = frozenset(
         "poison",
         "memory_seqs",
         "journal",
+        "from_hub",
     }
 )
 _DEVICE = "simulated"

@@ -28,9 +28,11 @@ from batch_app.webhooks import Webhook
 from batch_app.wire.errors import LineErrorBody
 from batch_app.wire.native import (
     EstimateBody,
+    PausedBody,
     ProgressBody,
     UsageBody,
     estimate_body,
+    paused_body,
     percent,
     usage_body,
 )
@@ -181,8 +183,9 @@ class BatchErrorsBody(_Body):
 
 class OpenAIBatchBody(_Body):
     """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
-    the answer of an equal one), `pause_reason` and `webhook` (the one that was made with the batch,
-    in the answer that creates both, with its secret) are this server's own."""
+    the answer of an equal one), `paused` (why it can't go on at the moment), `pause_reason` and
+    `webhook` (the one that was made with the batch, in the answer that creates both, with its
+    secret) are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -212,6 +215,7 @@ class OpenAIBatchBody(_Body):
     retry_of: str | None
     deduplicated: int
     pause_reason: str | None
+    paused: PausedBody | None
     webhook: WebhookBody | None
 
 
@@ -326,6 +330,7 @@ def openai_batch_body(
         retry_of=batch.retry_of,
         deduplicated=progress.deduplicated,
         pause_reason=batch.pause_reason,
+        paused=paused_body(batch, unix),
         webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
     )
 

@@ -12,7 +12,7 @@ import pytest
 
 from batch_app import closing, foresight, runner
 from batch_app.benchmarks import BenchmarkFolder, BenchmarkPrediction
-from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.core import Batch, BatchStatus, Paused, PauseKind, utc_now
 from batch_app.errors import LeaseLost, StorageFull
 from batch_app.worker import Worker
 from support.site import Site, assert_answers_echo, echo_line
@@ -180,7 +180,7 @@ def test_a_defect_after_the_end_changes_nothing(
     with pytest.raises(LeaseLost):
         site.store.renew(batch, lease_s=1.0)
     with pytest.raises(LeaseLost):
-        site.store.release(batch, "It can't be paused any more.")
+        site.store.pause(batch, Paused(PauseKind.DISK, "It can't be.", utc_now()), 1)
     assert site.batch(batch_id) == batch
 
 
