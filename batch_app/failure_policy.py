@@ -37,6 +37,7 @@ _UNKNOWN = frozenset({PauseKind.ENGINE, PauseKind.INTERNAL})
 #: Trying these again costs a load of the model, which others wait for.
 _COSTLY = frozenset({PauseKind.ENGINE, PauseKind.MEMORY})
 COSTLY_FACTOR = 30.0
+_FOR_SOMEBODY = frozenset({PauseKind.REGISTRY, PauseKind.MEMORY, *_UNKNOWN})
 #: A server's own wish is followed up to this.
 LONGEST_RETRY_AFTER_S = 3600.0
 
@@ -64,6 +65,8 @@ class Pause:
 
 
 Decision: TypeAlias = Fail | Pause
+#: How an error, its batch and the model that was at work are decided on.
+Decide: TypeAlias = Callable[[Exception, Batch, str], Decision]
 
 
 def decide(error: Exception, batch: Batch, model: str = "") -> Decision:
@@ -98,6 +101,14 @@ def decide(error: Exception, batch: Batch, model: str = "") -> Decision:
                 "The worker's output has the details.",
                 batch,
             )
+
+
+def decide_for_one_run(error: Exception, batch: Batch, model: str = "") -> Decision:
+    """As `decide`, for a run that somebody waits for: what only they can change fails it now."""
+    decision = decide(error, batch, model)
+    if isinstance(decision, Pause) and decision.kind in _FOR_SOMEBODY:
+        return Fail(decision.reason)
+    return decision
 
 
 def to_paused(

@@ -42,7 +42,7 @@ from batch_app.errors import (
     StorageFull,
     StoreUnavailable,
 )
-from batch_app.failure_policy import Pause, decide
+from batch_app.failure_policy import Decide, Pause, decide
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
@@ -89,8 +89,10 @@ class Runner:
         prefetch: Prefetch | None = None,
         next_model: Callable[[], str | None] = lambda: None,
         registry: WatchedRegistry | None = None,
+        decide: Decide = decide,
     ) -> None:
         """`next_model`: which one the next batch in the queue needs, as it stands now."""
+        self.decide = decide
         self._registry = registry or WatchedRegistry(settings.models)
         #: The model that was at work last.
         self.model = ""
@@ -257,7 +259,7 @@ class _Run:
     def _end_or_raise(self, error: BatchAppError) -> None:
         """Where the error is this batch's end, publish what there is; else the caller pauses it."""
         runner = self._runner
-        decision = decide(error, runner._store.get_batch(self._batch.id), runner.model)
+        decision = runner.decide(error, runner._store.get_batch(self._batch.id), runner.model)
         if isinstance(decision, Pause):
             raise error
         self._batch_log.write(f"Failed: {decision.message}")

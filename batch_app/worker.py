@@ -45,7 +45,7 @@ from batch_app.errors import (
     StorageLost,
     StoreUnavailable,
 )
-from batch_app.failure_policy import Fail, Pause, decide, to_paused
+from batch_app.failure_policy import Decide, Fail, Pause, decide, to_paused
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.lease import HeldLease
@@ -87,8 +87,10 @@ class Worker:
         stop: threading.Event,
         clock: Callable[[], datetime] | None = None,
         ready: EngineProcess | None = None,
+        decide: Decide = decide,
     ) -> None:
-        """`ready`: an engine process that was started already, for the first model."""
+        """`ready`: an engine process that was started already, for the first model. `decide`:
+        what errors mean for their batch."""
         clock = clock or DueClock()
         self.id = new_id("worker")
         self._settings = settings
@@ -122,6 +124,7 @@ class Worker:
             prefetch=self._prefetch,
             next_model=self._next_model,
             registry=self._registry,
+            decide=decide,
         )
         self._listener = self._store.queue_listener()
         self._wakeup = self._listener or WakeupFile(self._data.wakeup_file)
@@ -251,7 +254,7 @@ class Worker:
         current = batch
         with contextlib.suppress(BatchAppError):  # it has told its progress since it was claimed
             current = self._store.get_batch(batch.id)
-        decision = decide(error, current, self._runner.model)
+        decision = self._runner.decide(error, current, self._runner.model)
         is_defect = isinstance(decision, Fail) or decision.kind is PauseKind.INTERNAL
         if is_defect:
             logger.error("Batch %s met an error.", batch.id, exc_info=error)
