@@ -13,6 +13,7 @@ from itertools import pairwise
 from batch_app.core import Batch, BatchStatus, Paused, Sample, Waiting
 from batch_app.dashboard.formats import between, count, duration, iso, ordinal, plural
 from batch_app.estimates import Estimate
+from batch_app.retry import can_be_retried
 from batch_app.store import WorkerRow
 from batch_app.wire.native import STATUS_NAMES, percent, results_url
 
@@ -206,7 +207,7 @@ def batch_view(
         is_over=batch.is_terminal,
         is_bad=is_bad,
         can_cancel=not batch.is_terminal and batch.status is not BatchStatus.CANCELLING,
-        can_retry=batch.is_terminal and batch.error_file_id is not None,
+        can_retry=can_be_retried(batch),
         can_download=results_url(batch) is not None,
     )
 
