@@ -150,7 +150,7 @@ class DataDir:
             change = folder.change()
             if change is not None:
                 raise StorageLost(
-                    f"The data folder {folder.path} was {change} while this process ran: what is "
+                    f"The data folder was {change} while this process ran: what is "
                     "written now would be lost. Put it back (the same folder, or its disk), or "
                     "restart the API server and the worker to begin with what is there now."
                 )
@@ -163,7 +163,7 @@ class DataDir:
         except StorageLost as error:
             return error.message
         except OSError:
-            return f"The data folder {self.root} can't be reached."
+            return "The data folder can't be reached."
         if disk.f_flag & os.ST_RDONLY:
             return "The data folder's disk is read-only."
         if disk.f_bavail * disk.f_frsize < FULL_BYTES:

@@ -23,6 +23,7 @@ import numpy as np
 from batch_app import tracing
 from batch_app.ahead import first_requests
 from batch_app.appraisal import planning_of
+from batch_app.batch_files import fetch_batch_files, load_index
 from batch_app.batch_log import BatchLog
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
@@ -37,7 +38,6 @@ from batch_app.errors import (
     Conflict,
     EngineError,
     EngineUnavailable,
-    IndexUnreadable,
     ModelNotFound,
     StorageFull,
     StoreUnavailable,
@@ -49,7 +49,6 @@ from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.foresight import Foresight
 from batch_app.index import Index
 from batch_app.inputs import InputFile
-from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
 from batch_app.lease import HeldLease
 from batch_app.lives import Deliver, Lives
@@ -60,11 +59,10 @@ from batch_app.progress_log import ProgressLog
 from batch_app.provenance import model_revision, run_facts, with_run
 from batch_app.registry import ModelEntry
 from batch_app.registry_watch import WatchedRegistry
-from batch_app.result_copies import ResultCopies, fetch_results_log
+from batch_app.result_copies import ResultCopies
 from batch_app.results import ResultsLog
-from batch_app.shared_files import fetch_index, fetch_input, remove_work, share_log
+from batch_app.shared_files import remove_work, share_log
 from batch_app.store import Store
-from batch_app.validation import intake_rules
 from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
@@ -125,8 +123,8 @@ class Runner:
         with HeldLease(
             self._store, batch, lease_s=settings.lease_s, every_s=settings.heartbeat_s
         ) as lease:
-            copied = self._fetch(batch, lease)
-            index = self._load_index(batch, batch_log)
+            copied = fetch_batch_files(self._data, batch, lease)
+            index = load_index(self._data, batch, settings, self._registry.current, batch_log)
             lease.check()
             log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
         try:
@@ -156,27 +154,6 @@ class Runner:
     def expected_run_s(self, waiting: Waiting) -> float | None:
         """How long a batch that waits may be expected to run, loading included."""
         return self.outlook.usual_run_s(waiting.model, waiting.num_requests)
-
-    def _fetch(self, batch: Batch, lease: HeldLease) -> dict[str, int]:
-        """Bring here what the object storage has of the batch. Returns what it has of the log."""
-        if self._data.objects is None:
-            return {}
-        fetch_input(self._data, batch.input_file_id, lease.check)
-        fetch_index(self._data, batch.id, lease.check)
-        folder = self._data.work_dir(batch.id)
-        copied = fetch_results_log(self._data, batch.id, folder, lease.check)
-        share_log(self._data, batch.id)
-        return copied
-
-    def _load_index(self, batch: Batch, batch_log: BatchLog) -> Index:
-        folder = self._data.work_dir(batch.id)
-        try:
-            return Index.load(folder)
-        except IndexUnreadable as error:
-            batch_log.write(f"{error.message} Making it anew.")
-        rules = intake_rules(batch, self._settings, self._registry.current)
-        index_file(self._data.input_file(batch.input_file_id), folder, rules)
-        return Index.load(folder)
 
 
 @contextmanager

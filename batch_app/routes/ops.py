@@ -106,16 +106,21 @@ def _work_checks(own: Services) -> dict[str, str]:
 
 def _concerns(own: Services) -> dict[str, str]:
     """What keeps batches from running, though the server itself works."""
-    concerns = {"registry": own.watched_registry.problem or "ok", "batches": "ok"}
+    concerns = {"registry": "ok", "batches": "ok"}
+    problem = own.watched_registry.problem
+    if problem is not None:  # anybody may read this: not in which folder it is
+        concerns["registry"] = problem.replace(str(own.settings.models), own.settings.models.name)
     try:
-        counts = own.store.count_paused()
+        counts, has_keys = own.store.count_paused(), own.access.is_required()
     except (StoreUnavailable, StorageFull):
         concerns["batches"] = "unknown: the database does not answer"
         return concerns
     if counts:
         total = sum(count.num_batches for count in counts)
         kinds = ", ".join(f"{count.num_batches} {count.kind.value}" for count in counts)
-        concerns["batches"] = f"{total} paused ({kinds}): {counts[0].reason}"
+        concerns["batches"] = f"{total} paused ({kinds})"
+        if not has_keys:  # else reasons are for those who may see the batches
+            concerns["batches"] += f": {counts[0].reason}"
     return concerns
 
 

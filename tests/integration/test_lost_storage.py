@@ -131,7 +131,7 @@ def test_a_data_folder_that_is_gone_is_missed(tmp_path: Path) -> None:
         folder.mkdir()
         code, said = check(url, "disk")
         assert code == 503
-        assert f"The data folder {folder} was replaced" in said
+        assert "The data folder was replaced" in said
         assert_refused(url, "storage_lost", "was replaced")
         site.hold.unlink()
         wait_for(
