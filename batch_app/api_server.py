@@ -32,7 +32,14 @@ from batch_app.routes import batches, errors, estimates, openai_files, ops, resu
 from batch_app.routes.audit_trail import AuditTrail
 from batch_app.routes.authentication import Authentication
 from batch_app.routes.description import describe
-from batch_app.routes.middleware import Hosts, Origins, RequestIds, SecurityHeaders, is_loopback
+from batch_app.routes.middleware import (
+    Hosts,
+    Origins,
+    RequestIds,
+    SecurityHeaders,
+    StorageGuard,
+    is_loopback,
+)
 from batch_app.routes.services import Services
 from batch_app.routes.slow_clients import BodyLimits, bounded_headers
 
@@ -91,6 +98,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(app)
     dashboard.install(app, services)
     # The last one added is the first one asked.
+    app.add_middleware(StorageGuard, require=services.require_storage)
     app.add_middleware(Authentication, access=services.access, refusal=refusal)
     app.add_middleware(BodyLimits, settings=settings)
     app.add_middleware(Origins)

@@ -39,7 +39,7 @@ class Appraisal:
     settings: Settings
     data: DataDir
     store: Store
-    registry: ModelRegistry
+    registry: Callable[[], ModelRegistry]
     outlook: Outlook
     clock: Callable[[], datetime] = utc_now
 
@@ -73,7 +73,7 @@ class Appraisal:
             found = counted_workloads(
                 index,
                 fetch_input(self.data, batch.input_file_id),
-                self.registry,
+                self.registry(),
                 planning_of(self.outlook, self.settings, batch),
                 self.outlook.bytes_per_token,
             )

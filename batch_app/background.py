@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from batch_app.errors import ObjectsUnavailable, StorageFull, StoreUnavailable
+from batch_app.errors import ObjectsUnavailable, StorageFull, StorageLost, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,13 @@ class BackgroundThread:
             try:
                 while self._work() and not self._stopping:
                     pass
-            except (StoreUnavailable, ObjectsUnavailable, StorageFull, OSError) as error:
+            except (
+                StoreUnavailable,
+                ObjectsUnavailable,
+                StorageFull,
+                StorageLost,
+                OSError,
+            ) as error:
                 logger.warning("%s: %s", self._thread.name, error)
                 pause_s = max(RETRY_S, self._every_s)
             except Exception:

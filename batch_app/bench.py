@@ -23,6 +23,7 @@ from batch_app.benchmarks import BenchmarkFolder, BenchmarkRecord
 from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
 from batch_app.errors import EngineError
+from batch_app.failure_policy import decide_for_one_run
 from batch_app.files import DataDir, new_id
 from batch_app.intake import index_file
 from batch_app.measuring import BENCH, PURPOSE
@@ -102,7 +103,7 @@ def _run(
     say: Callable[[str], None],
     stop: threading.Event,
 ) -> None:
-    worker = Worker(settings, stop=stop)
+    worker = Worker(settings, stop=stop, decide=decide_for_one_run)
     # Not a daemon: the engine process dies with the thread that started it.
     thread = threading.Thread(target=worker.run, name="worker")
     thread.start()

@@ -301,6 +301,15 @@ class Settings(BaseSettings):
         description="Seconds between looks at an empty queue. A new batch wakes the worker at "
         "once where both share the data folder or PostgreSQL; this is the fallback.",
     )
+    pause_first_s: float = Field(
+        1.0,
+        gt=0,
+        description="Seconds until a paused batch is tried again. Each further pause without "
+        "progress is twice as long; where trying costs a load of the model, 30 times as long.",
+    )
+    pause_longest_s: float = Field(
+        60.0, gt=0, description="The longest of these pauses, before the factor of 30."
+    )
     lease_s: float = Field(
         30.0, gt=1, description="Seconds after which a silent worker's batch may be taken over."
     )
@@ -381,8 +390,8 @@ class Settings(BaseSettings):
         5,
         ge=0,
         description="Restarts of the engine in one batch without a single result in between, "
-        "after which the batch fails. The search for a request that kills it has restarts of its "
-        "own, as many as it takes to find one in a window.",
+        "after which the batch is paused. The search for a request that kills it has restarts of "
+        "its own, as many as it takes to find one in a window.",
     )
     engine_backoff_s: float = Field(
         1.0,

@@ -59,6 +59,7 @@ class BatchStatus(StrEnum):
 
 #: The one transition table. A change of state that does not stand here is refused by the store.
 #: `RUNNING -> RUNNING` is a rescue: another worker claims the batch under a higher epoch.
+#: `RUNNING -> QUEUED` is a pause: the batch goes back to the queue with what it has.
 TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
     BatchStatus.VALIDATING: frozenset(
         {BatchStatus.QUEUED, BatchStatus.FAILED, BatchStatus.CANCELLING}
@@ -68,6 +69,7 @@ TRANSITIONS: Mapping[BatchStatus, frozenset[BatchStatus]] = {
     ),
     BatchStatus.RUNNING: frozenset(
         {
+            BatchStatus.QUEUED,
             BatchStatus.RUNNING,
             BatchStatus.FINALIZING,
             BatchStatus.FAILED,
@@ -255,6 +257,49 @@ class StoredFile:
     owner: str | None = None
 
 
+class PauseKind(StrEnum):
+    """What a paused batch waits for."""
+
+    #: Its model's entry in the registry: it is missing, or the engine rejected it.
+    REGISTRY = "registry"
+    #: The model hub, from which its model has to be downloaded.
+    HUB = "hub"
+    #: The server or cluster that has its model.
+    REMOTE_SERVER = "remote_server"
+    #: Memory of the device or the machine.
+    MEMORY = "memory"
+    #: The engine, which keeps ending.
+    ENGINE = "engine"
+    #: Room on a disk, or a folder that can be used.
+    DISK = "disk"
+    DATABASE = "database"
+    OBJECT_STORAGE = "object_storage"
+    #: A defect of this program.
+    INTERNAL = "internal"
+
+
+#: Pauses that every batch of the same model would meet, too.
+PAUSES_OF_A_MODEL = frozenset({PauseKind.REGISTRY, PauseKind.HUB, PauseKind.REMOTE_SERVER})
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """Why a batch can't go on at the moment, and when it is tried again.
+
+    `by`: who paused it; `server`: this program, on an error. `retry_at`: None if time alone changes
+    nothing. `model`: the one concerned. `entry`: the fingerprint of its registry entry, empty if
+    there was none; a change of it ends the pause at once. None: no entry is concerned.
+    """
+
+    kind: PauseKind
+    reason: str
+    since: datetime
+    retry_at: datetime | None = None
+    by: str = "server"
+    model: str = ""
+    entry: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A Batch as the store knows it. Times are aware UTC, durations seconds.
@@ -262,7 +307,8 @@ class Batch:
     `epoch` counts the claims of this batch; a worker that writes under an older epoch than the
     stored one changes nothing (fencing). `lease_owner` is None when nobody holds it; who does
     counts `heartbeats` up, and is believed gone when that stood still for `lease_s` seconds.
-    `pause_reason`: why it can't go on at the moment, though its turn has come.
+    `paused`: why it can't go on at the moment; None if it can, or a worker tries just now. Since
+    its last progress it was paused `num_pauses` times, always for `pause_kind`.
     `expires_at` ends its completion window; None: it has all the time there is. Files published for
     it expire `output_expires_after_s` after they were made. `passed_over_at`: see `Waiting`.
     `deduplicate`: whether equal requests may be computed once. `workload`: what it asks of which
@@ -299,7 +345,9 @@ class Batch:
     lease_owner: str | None = None
     lease_s: float | None = None
     heartbeats: int = 0
-    pause_reason: str | None = None
+    paused: Paused | None = None
+    pause_kind: PauseKind | None = None
+    num_pauses: int = 0
     owner: str | None = None
     provenance: Mapping[str, Any] | None = None
     priority: int = 0
@@ -316,6 +364,10 @@ class Batch:
         return self.status in TERMINAL
 
     @property
+    def pause_reason(self) -> str | None:
+        return self.paused.reason if self.paused else None
+
+    @property
     def ended_at(self) -> datetime | None:
         return self.completed_at or self.failed_at or self.expired_at or self.cancelled_at
 
@@ -325,7 +377,7 @@ class Waiting:
     """A batch that could be claimed now. `place` grows with every batch that is created.
 
     `passed_over_at`: when another batch first went before this older one; None: none has.
-    `begun`: a worker had it before, and is gone.
+    `begun`: a worker had it before, and is gone. `paused`: as in `Batch`.
     """
 
     batch_id: str
@@ -335,6 +387,7 @@ class Waiting:
     priority: int = 0
     passed_over_at: datetime | None = None
     begun: bool = False
+    paused: Paused | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ class DryRuns:
     """`turn` says when a batch for this model would come next."""
 
     settings: Settings
-    registry: ModelRegistry
+    registry: Callable[[], ModelRegistry]
     outlook: Outlook
     turn: Callable[[str], Turn] = lambda _: NO_QUEUE
     clock: Callable[[], datetime] = utc_now
@@ -85,7 +85,8 @@ class DryRuns:
 
         Raises ModelNotFound, StorageFull, OSError, and BadRequest for an empty registry.
         """
-        entries = [self.registry.get(model)] if model else list(self.registry.entries)
+        registry = self.registry()
+        entries = [registry.get(model)] if model else list(registry.entries)
         if not entries:
             raise BadRequest("The model registry has no model.", param="model")
         errors, num_errors = self._check(path, folder, entries)

@@ -16,7 +16,9 @@
     ├── Conflict                   it exists, but its state forbids this            409
     │   └── KeyInUse               the same request is under way                    409
     ├── StorageFull                the disk (or its quota) is full                  507
+    ├── StorageLost                the data folder was removed or replaced          503
     ├── StoreUnavailable           the database cannot be reached at the moment     503
+    │   └── StoreLost              … or is not the one that was opened              503
     ├── ObjectsUnavailable         the object storage does not answer, or refuses   503
     ├── ServerUnreachable          the client found no server at its address
     ├── ServerFailed               the client got an answer that only a defect gives
@@ -29,6 +31,7 @@
         │   └── EngineOutOfMemory  … because it had too little memory
         ├── EngineHung             no progress for too long; it was killed
         ├── EngineUnavailable      the server that has the model doesn't work at the moment
+        │   └── HubUnavailable     … or the hub that it has to be downloaded from
         └── EngineInterrupted      its owner wanted to stop while it was loading
 
 `BadRequest` and its kin carry what the wire layer needs (`code`, `param`); the mapping to status
@@ -177,8 +180,19 @@ class StorageFull(BatchAppError):
     """There is no room on the disk. Nothing of what was being written remains."""
 
 
+class StorageLost(BatchAppError):
+    """The data folder is not the one that was opened. What is written to it now would be lost."""
+
+
 class StoreUnavailable(BatchAppError):
     """The database does not answer at the moment. Retriable."""
+
+
+class StoreLost(StoreUnavailable):
+    """The database is not the one that was opened, or has other tables than this version's.
+
+    Its message says what to do.
+    """
 
 
 class ObjectsUnavailable(BatchAppError):
@@ -253,6 +267,10 @@ class EngineUnavailable(EngineError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         self.model = model
+
+
+class HubUnavailable(EngineUnavailable):
+    """The model is not on this machine, and the hub doesn't answer, or doesn't give it."""
 
 
 class EngineInterrupted(EngineError):

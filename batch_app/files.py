@@ -30,10 +30,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batch_app.core import Batch
-from batch_app.errors import StorageFull
+from batch_app.errors import StorageFull, StorageLost
 from batch_app.faults import crash_point
+from batch_app.identity import PathIdentity
 from batch_app.objects import Objects
 
+#: With less room than this a worker can't go on.
+FULL_BYTES = 64 * 1024
 #: Seconds after which a folder that nobody has locked isn't about to be.
 SETTLED_S = 60.0
 #: What the operating system says when there is no room: full disk, quota, file size limit.
@@ -69,6 +72,7 @@ class DataDir:
 
     root: Path
     objects: Objects | None = field(default=None, compare=False, repr=False)
+    _made: list[PathIdentity] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def batches(self) -> Path:
@@ -138,6 +142,33 @@ class DataDir:
             self.engine_log.parent,
         ):
             folder.mkdir(parents=True, exist_ok=True)
+        self._made[:] = [PathIdentity.of(folder) for folder in (self.root, self.batches)]
+
+    def require_present(self) -> None:
+        """Raises StorageLost where the folder that was there at the start isn't there any more."""
+        for folder in self._made:
+            change = folder.change()
+            if change is not None:
+                raise StorageLost(
+                    f"The data folder was {change} while this process ran: what is "
+                    "written now would be lost. Put it back (the same folder, or its disk), or "
+                    "restart the API server and the worker to begin with what is there now."
+                )
+
+    def trouble(self) -> str | None:
+        """Why nothing can be written to the folder at the moment; None if nothing is known."""
+        try:
+            self.require_present()
+            disk = os.statvfs(self.root)
+        except StorageLost as error:
+            return error.message
+        except OSError:
+            return "The data folder can't be reached."
+        if disk.f_flag & os.ST_RDONLY:
+            return "The data folder's disk is read-only."
+        if disk.f_bavail * disk.f_frsize < FULL_BYTES:
+            return "No space left on the data folder's disk."
+        return None
 
     def sweep_incoming(self, older_than_s: float = SETTLED_S) -> int:
         """Remove what interrupted uploads left behind. Returns how many there were.

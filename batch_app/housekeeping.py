@@ -19,13 +19,16 @@ from batch_app.cache import evict
 from batch_app.closing import close_with_results_so_far
 from batch_app.config import Settings
 from batch_app.core import (
+    Batch,
     BatchStatus,
     FilePurpose,
+    PauseKind,
     StoredFile,
     UploadStatus,
     utc_now,
 )
-from batch_app.errors import Conflict, LeaseLost, NotFound, ObjectsUnavailable
+from batch_app.errors import Conflict, LeaseLost, NotFound, StorageFull, StoreUnavailable
+from batch_app.failure_policy import Fail, Pause, decide, to_paused
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED
@@ -50,13 +53,12 @@ OBJECT_SWEEP_EVERY = timedelta(hours=1)
 
 @dataclass
 class Housekeeping:
-    """One round is `run_once`; it raises StoreUnavailable, ObjectsUnavailable, StorageFull or
-    OSError."""
+    """One round is `run_once`; it raises whatever ended it."""
 
     settings: Settings
     data: DataDir
     store: Store
-    registry: ModelRegistry
+    registry: Callable[[], ModelRegistry]
     holder: str
     clock: Callable[[], datetime] = utc_now
     _next_sweep: datetime | None = field(default=None, init=False)
@@ -84,12 +86,14 @@ class Housekeeping:
                     unfinished,
                     data=self.data,
                     settings=self.settings,
-                    registry=self.registry,
+                    registry=self.registry(),
                     now=self.clock(),
                 )
-        except ObjectsUnavailable as error:
-            with suppress(LeaseLost):
-                self.store.release(batch, error.message)
+        except LeaseLost:
+            return True
+        except Exception as error:
+            with suppress(LeaseLost, StoreUnavailable, StorageFull):
+                self._pause(batch, error)
             raise
         crash_point("closing-published")
         with suppress(LeaseLost, Conflict):
@@ -101,6 +105,20 @@ class Housekeeping:
             share_log(self.data, batch.id)
             remove_work(self.data, batch.id)
         return True
+
+    def _pause(self, batch: Batch, error: Exception) -> None:
+        """It is closed later; others that have to end don't wait for it."""
+        decision = decide(error, batch)
+        if isinstance(decision, Fail):
+            decision = Pause(PauseKind.INTERNAL, decision.message)
+        paused, num_pauses = to_paused(
+            decision,
+            batch,
+            self.clock(),
+            first_s=self.settings.pause_first_s,
+            longest_s=self.settings.pause_longest_s,
+        )
+        self.store.pause(batch, paused, num_pauses)
 
     def _remove_expired_files(self) -> bool:
         now, retention = self.clock(), Retention.of(self.settings)

@@ -59,3 +59,26 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "CPU"
+
+
+def host_identity() -> str:
+    """This machine since its last start, and this container of it: where process ids mean
+    something."""
+    boot = container = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    with suppress(OSError):
+        container = str(Path("/proc/self/ns/pid").readlink())
+    return f"{platform.node()}/{boot}/{container}"
+
+
+def process_lives(pid: int, started_at: float) -> bool:
+    """Whether the process with this id that was started at this Unix time still runs here."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - started_at) < 1.0
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

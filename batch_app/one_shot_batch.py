@@ -21,6 +21,7 @@ from batch_app.config import Settings
 from batch_app.core import Batch, BatchStatus, Dialect, FilePurpose, StoredFile, utc_now
 from batch_app.engine.process import EngineProcess
 from batch_app.errors import BadLines, BadRequest, Conflict
+from batch_app.failure_policy import decide_for_one_run
 from batch_app.files import (
     DataDir,
     IncomingFolder,
@@ -156,7 +157,7 @@ class OneShotBatch:
     def _work(self, store: Store, batch: Batch, ready: EngineProcess) -> Batch:
         """Run a worker until the batch has ended, or until it is to stop."""
         worker_stop = threading.Event()
-        worker = Worker(self._settings, stop=worker_stop, ready=ready)
+        worker = Worker(self._settings, stop=worker_stop, ready=ready, decide=decide_for_one_run)
         # Not a daemon: the engine process dies with the thread that started it.
         thread = threading.Thread(target=worker.run, name="worker")
         thread.start()
@@ -192,7 +193,9 @@ class _Show:
         text += f", {batch.progress.failed:,} failed"
         if batch.progress.truncated:
             text += f", {truncated_text(batch.progress.truncated)}"
-        if not done and not batch.is_terminal:
+        if batch.paused:
+            text += f"; paused: {batch.paused.reason}"
+        elif not done and not batch.is_terminal:
             text = f"Loading {batch.model}, then the first answers …"
         if text != self._said:
             self._said = text
@@ -208,6 +211,8 @@ class _ShowBar:
     def __call__(self, batch: Batch) -> None:
         done, failed = batch.progress.done, batch.progress.failed
         what = "answering" if done else "loading the model"
+        if batch.paused:
+            what = f"paused: {batch.paused.reason}"
         self._bar.update(
             self._task,
             completed=done,

@@ -18,7 +18,10 @@ What does not stand in it does not run: a request never triggers a download of i
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from batch_app.cluster import RayCluster
 from batch_app.errors import ConfigError, ModelNotFound
 from batch_app.model_server import PATHS, ModelServer
+
+_MODEL_HEADER = re.compile(r"\s*\[\[\s*model\s*\]\]")
 
 
 class ModelEntry(BaseModel):
@@ -68,6 +73,11 @@ class ModelEntry(BaseModel):
         return self
 
     @property
+    def fingerprint(self) -> str:
+        """The same for entries that say the same."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:32]
+
+    @property
     def has_server(self) -> bool:
         """A server has the model: `source` is its name there."""
         return self.engine == "openai"
@@ -107,11 +117,13 @@ class ModelRegistry:
         """Read a registry file.
 
         Raises:
-            ConfigError: the file is missing, isn't TOML, or has an entry that can't be used.
+            ConfigError: the file is missing, can't be read, isn't TOML, or has an entry that can't
+                be used; the message names the line.
         """
+        text = ""
         try:
-            with path.open("rb") as file:
-                parsed = _RegistryFile.model_validate(tomllib.load(file))
+            text = path.read_text(encoding="utf-8")
+            parsed = _RegistryFile.model_validate(tomllib.loads(text))
         except FileNotFoundError:
             raise ConfigError(
                 f"There is no model registry at {path}. Run from the project's folder, or name "
@@ -119,12 +131,16 @@ class ModelRegistry:
             ) from None
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"The model registry {path} is not valid TOML: {error}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The model registry {path} can't be read: {error}") from error
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
             said = first["msg"].removeprefix("Value error, ")
+            line = _line_of(text, first["loc"])
+            place = f"{path}, line {line}" if line else str(path)
             # Without the cause, which repeats what was given: a key, where one shouldn't be.
-            raise ConfigError(f"The model registry {path}: {where}: {said}") from None
+            raise ConfigError(f"The model registry {place}: {where}: {said}") from None
         return cls([_with_absolute_paths(entry, path.parent) for entry in parsed.model])
 
     def get(self, name: str) -> ModelEntry:
@@ -144,6 +160,25 @@ class ModelRegistry:
 
     def knows(self, name: str) -> bool:
         return name in self._by_name
+
+
+def _line_of(text: str, where: Sequence[int | str]) -> int | None:
+    """The line, counted from 1, of what an error speaks of: `("model", 2, "source")`. That of its
+    `[[model]]` where the file doesn't show it more exactly; None where not even that is found."""
+    lines = text.splitlines()
+    starts = [place for place, line in enumerate(lines) if _MODEL_HEADER.match(line)]
+    if len(where) < 2 or not isinstance(where[1], int) or where[1] >= len(starts):
+        name = str(where[0]) if where else ""
+        of_file = [n for n, line in enumerate(lines) if re.match(rf"\s*\[*\s*{name}\b", line)]
+        return of_file[0] + 1 if name and name != "model" and of_file else None
+    start = starts[where[1]]
+    end = next((place for place in starts if place > start), len(lines))
+    for name in reversed([str(part) for part in where[2:]]):
+        field = re.compile(rf"\s*(\[+\s*model\s*\.\s*)?[\"']?{re.escape(name)}[\"']?\s*[=.\]]")
+        for place in range(start, end):
+            if field.match(lines[place]):
+                return place + 1
+    return start + 1
 
 
 class AnyModel(ModelRegistry):

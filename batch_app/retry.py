@@ -24,7 +24,7 @@ from batch_app.files import (
     sync_dir,
     wake_workers,
 )
-from batch_app.intake import index_file
+from batch_app.intake import IntakeSummary, index_file
 from batch_app.json_lines import escape_line_separators
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.registry import ModelRegistry
@@ -54,13 +54,15 @@ def retry_batch(
     *,
     seen_by: Caller = EVERYBODY,
 ) -> Batch:
-    """Queue the failed and the unanswered requests of a finished batch once more.
+    """Queue the failed and the unanswered requests of a finished batch once more: all of them where
+    it ended without results.
 
     Returns the new batch, which belongs to the old one's owner, or the one that the caller's key
     stands for already.
 
     Raises:
-        Conflict: it has not finished, never had requests, or none of them failed.
+        Conflict: it has not finished, or none of its requests failed.
+        BadLines: it failed for its lines, and they still can't run.
         NotFound: its files were deleted.
         StorageFull: there is no room; nothing remains.
         ObjectsUnavailable: nothing remains.
@@ -69,7 +71,7 @@ def retry_batch(
     store.require_room(batch.owner, settings.max_unfinished_batches)
     if not batch.is_terminal:
         raise Conflict(f"Batch {batch.id} has not finished.", code="batch_not_finished")
-    if batch.error_file_id is None:
+    if not can_be_retried(batch):
         raise Conflict(
             f"No request of {batch.id} failed: there is nothing to retry.", code="nothing_to_retry"
         )
@@ -77,8 +79,10 @@ def retry_batch(
     input_path = _there(fetch_input, data, batch.input_file_id)
     if input_path is None or batch.input_file_id in deleted:
         raise NotFound(f"The input file of {batch.id} was deleted.", param="batch_id")
-    results_path = _there(fetch_results_file, data, batch)
-    if results_path is None or deleted:
+    results_path = None
+    if batch.error_file_id is not None:
+        results_path = _there(fetch_results_file, data, batch)
+    if deleted or (results_path is None and batch.error_file_id is not None):
         raise NotFound(f"The results of {batch.id} were deleted.", param="batch_id")
     leftovers = []
     try:
@@ -86,7 +90,10 @@ def retry_batch(
             source = folder / "input.jsonl"
             with source.open("wb") as file:
                 try:
-                    file.writelines(failed_lines(input_path, results_path))
+                    if results_path is None:
+                        file.writelines(_all_lines(input_path))
+                    else:
+                        file.writelines(failed_lines(input_path, results_path))
                 except FileNotFoundError:  # just now
                     raise NotFound(f"Files of {batch.id} were deleted.", param="batch_id") from None
             summary = index_file(source, folder, intake_rules(batch, settings, registry))
@@ -98,7 +105,7 @@ def retry_batch(
                 created_at=now,
                 owner=batch.owner,
             )
-            again = _fresh(batch, input_file, summary.num_requests, now)
+            again = _fresh(batch, input_file, summary, now)
             leftovers = [data.input_file(input_file.id), data.work_dir(again.id)]
             move_durably(source, data.input_file(input_file.id))
             sync_dir(folder)
@@ -120,12 +127,20 @@ def retry_batch(
         for path in leftovers:
             remove_tree(path)
     BatchLog(data.log_file(again.id)).write(
-        f"submitted: {summary.num_requests} requests that failed in {batch.id}"
+        f"submitted: {summary.num_requests} requests "
+        + ("that failed in" if results_path is not None else "of")
+        + f" {batch.id}"
     )
     share_log(data, again.id)
     with suppress(OSError):
         wake_workers(data)
     return again
+
+
+def can_be_retried(batch: Batch) -> bool:
+    """Whether a request of this finished batch failed, or the batch ended without any result."""
+    ended_without = batch.output_file_id is None and batch.status is not BatchStatus.COMPLETED
+    return batch.is_terminal and (batch.error_file_id is not None or ended_without)
 
 
 def _live(store: Store, batch: Batch) -> dict[str, bool]:
@@ -142,18 +157,18 @@ def _there(fetch: Callable[[DataDir, T], Path], data: DataDir, what: T) -> Path 
     return None
 
 
-def _fresh(batch: Batch, input_file: StoredFile, num_requests: int, now: datetime) -> Batch:
+def _fresh(batch: Batch, input_file: StoredFile, summary: IntakeSummary, now: datetime) -> Batch:
     """The same wish as the old batch's, with nothing of what became of that."""
     return Batch(
         id=new_id("batch"),
         dialect=batch.dialect,
         status=BatchStatus.QUEUED,
         endpoint=batch.endpoint,
-        model=batch.model,
+        model=batch.model or summary.models[0],  # one that failed its check has none
         input_file_id=input_file.id,
         created_at=now,
         queued_at=now,
-        total=num_requests,
+        total=summary.num_requests,
         completion_window=batch.completion_window,
         expires_at=window_end(now, batch.completion_window) if batch.expires_at else None,
         metadata=batch.metadata,
@@ -172,13 +187,20 @@ def _same_webhook(webhook: Webhook | None, again: Batch) -> Webhook | None:
     return replace(webhook, id=new_webhook_id(), batch_id=again.id, created_at=again.created_at)
 
 
+def _all_lines(input_path: Path) -> Iterator[bytes]:
+    """The input's lines without blank ones and without a byte order mark."""
+    with input_path.open("rb") as inputs:
+        start = len(codecs.BOM_UTF8)
+        inputs.seek(start if inputs.read(start) == codecs.BOM_UTF8 else 0)
+        for line in inputs:
+            if not line.isspace():
+                yield escape_line_separators(line.rstrip(b"\r\n")) + b"\n"
+
+
 def failed_lines(input_path: Path, results_path: Path) -> Iterator[bytes]:
     """The input's lines whose requests failed. Both files are in the same order; only the input
     may have blank lines, and a byte order mark."""
-    with input_path.open("rb") as inputs, results_path.open("rb") as results:
-        start = len(codecs.BOM_UTF8)
-        inputs.seek(start if inputs.read(start) == codecs.BOM_UTF8 else 0)
-        requests = (line for line in inputs if not line.isspace())
-        for request, raw in zip(requests, results, strict=True):
+    with results_path.open("rb") as results:
+        for request, raw in zip(_all_lines(input_path), results, strict=True):
             if has_failed(raw):
-                yield escape_line_separators(request.rstrip(b"\r\n")) + b"\n"
+                yield request

@@ -23,6 +23,7 @@ import numpy as np
 from batch_app import tracing
 from batch_app.ahead import first_requests
 from batch_app.appraisal import planning_of
+from batch_app.batch_files import fetch_batch_files, load_index
 from batch_app.batch_log import BatchLog, truncated_text
 from batch_app.benchmarks import BenchmarkFolder
 from batch_app.closing import Closed
@@ -33,21 +34,21 @@ from batch_app.engine.base import Engine, EngineInfo, EngineStats
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.slot import EngineSlot
 from batch_app.errors import (
+    BatchAppError,
     Conflict,
     EngineError,
     EngineUnavailable,
-    IndexUnreadable,
     ModelNotFound,
     StorageFull,
     StoreUnavailable,
 )
+from batch_app.failure_policy import Decide, Pause, decide
 from batch_app.faults import crash_point
 from batch_app.files import DataDir
 from batch_app.finalize import CANCELLED, EXPIRED, Unfinished, publish
 from batch_app.foresight import Foresight
 from batch_app.index import Index
 from batch_app.inputs import InputFile
-from batch_app.intake import index_file
 from batch_app.keeper import Delivery, Keeper
 from batch_app.lease import HeldLease
 from batch_app.lives import Deliver, Lives
@@ -56,16 +57,18 @@ from batch_app.outlook import Left, Outlook
 from batch_app.planner import Group, plan
 from batch_app.progress_log import ProgressLog
 from batch_app.provenance import model_revision, run_facts, with_run
-from batch_app.registry import ModelEntry, ModelRegistry
-from batch_app.result_copies import ResultCopies, fetch_results_log
+from batch_app.registry import ModelEntry
+from batch_app.registry_watch import WatchedRegistry
+from batch_app.result_copies import ResultCopies
 from batch_app.results import ResultsLog
-from batch_app.shared_files import fetch_index, fetch_input, remove_work, share_log
+from batch_app.shared_files import remove_work, share_log
 from batch_app.store import Store
-from batch_app.validation import intake_rules
 from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
 logger = logging.getLogger(__name__)
+
+LOOK_FOR_FOLDER_S = 1.0
 
 
 class Runner:
@@ -83,8 +86,14 @@ class Runner:
         clock: Callable[[], datetime] = utc_now,
         prefetch: Prefetch | None = None,
         next_model: Callable[[], str | None] = lambda: None,
+        registry: WatchedRegistry | None = None,
+        decide: Decide = decide,
     ) -> None:
         """`next_model`: which one the next batch in the queue needs, as it stands now."""
+        self.decide = decide
+        self._registry = registry or WatchedRegistry(settings.models)
+        #: The model that was at work last.
+        self.model = ""
         self._prefetch = prefetch or Prefetch()
         self._next_model = next_model
         self._store = store
@@ -94,17 +103,18 @@ class Runner:
         self._benchmarks = benchmarks
         self._stop = stop
         self._clock = clock
-        self.outlook = Outlook(lambda: ModelRegistry.load(settings.models), benchmarks)
+        self.outlook = Outlook(lambda: self._registry.current, benchmarks)
 
     def run(self, batch: Batch) -> None:
         """Work on a batch that was just claimed until it is published, or has to be given back.
 
         Raises:
             LeaseLost: another worker has it.
-            StorageFull, ResultsLogError, StoreUnavailable, ObjectsUnavailable, OSError,
-                EngineUnavailable: it can't go on at the moment; what is committed stays, and the
-                caller gives the batch back.
+            Others: it can't go on. What is committed stays; `failure_policy` says whether the
+                caller has to pause the batch or to fail it.
         """
+        self.model = batch.model
+        self._data.require_present()
         self._data.work_dir(batch.id).mkdir(parents=True, exist_ok=True)
         batch_log = BatchLog(self._data.log_file(batch.id))
         crash_point("claimed")
@@ -113,8 +123,8 @@ class Runner:
         with HeldLease(
             self._store, batch, lease_s=settings.lease_s, every_s=settings.heartbeat_s
         ) as lease:
-            copied = self._fetch(batch, lease)
-            index = self._load_index(batch, batch_log)
+            copied = fetch_batch_files(self._data, batch, lease)
+            index = load_index(self._data, batch, settings, self._registry.current, batch_log)
             lease.check()
             log = ResultsLog(self._data.work_dir(batch.id), len(index), batch.epoch)
         try:
@@ -144,27 +154,6 @@ class Runner:
     def expected_run_s(self, waiting: Waiting) -> float | None:
         """How long a batch that waits may be expected to run, loading included."""
         return self.outlook.usual_run_s(waiting.model, waiting.num_requests)
-
-    def _fetch(self, batch: Batch, lease: HeldLease) -> dict[str, int]:
-        """Bring here what the object storage has of the batch. Returns what it has of the log."""
-        if self._data.objects is None:
-            return {}
-        fetch_input(self._data, batch.input_file_id, lease.check)
-        fetch_index(self._data, batch.id, lease.check)
-        folder = self._data.work_dir(batch.id)
-        copied = fetch_results_log(self._data, batch.id, folder, lease.check)
-        share_log(self._data, batch.id)
-        return copied
-
-    def _load_index(self, batch: Batch, batch_log: BatchLog) -> Index:
-        folder = self._data.work_dir(batch.id)
-        try:
-            return Index.load(folder)
-        except IndexUnreadable as error:
-            batch_log.write(f"{error.message} Making it anew.")
-        rules = intake_rules(batch, self._settings, ModelRegistry.load(self._settings.models))
-        index_file(self._data.input_file(batch.input_file_id), folder, rules)
-        return Index.load(folder)
 
 
 @contextmanager
@@ -200,6 +189,7 @@ class _Run:
         self._tally = Tally(index)
         self._entry: ModelEntry | None = None
         self._revision: str | None = None
+        self._next_look = 0.0
         self._foresight = Foresight(
             outlook=runner.outlook,
             planning=planning_of(runner.outlook, runner._settings, batch),
@@ -234,25 +224,28 @@ class _Run:
             self._finish(BatchStatus.EXPIRED)
         except Stopped:
             self._give_back()
-        except EngineUnavailable:
-            self._runner._slot.unload()
-            if self._runner._stop.is_set():
-                self._give_back()
-                return
-            self._keeper.flush()
-            raise
         except (EngineError, ModelNotFound) as error:
+            if isinstance(error, EngineUnavailable):
+                self._runner._slot.unload()
             if self._runner._stop.is_set():
                 self._give_back()
                 return
             self._keeper.flush()
-            self._batch_log.write(f"Failed: {error.message}")
-            self._finish(BatchStatus.FAILED, error.message)
+            self._end_or_raise(error)
+
+    def _end_or_raise(self, error: BatchAppError) -> None:
+        """Where the error is this batch's end, publish what there is; else the caller pauses it."""
+        runner = self._runner
+        decision = runner.decide(error, runner._store.get_batch(self._batch.id), runner.model)
+        if isinstance(decision, Pause):
+            raise error
+        self._batch_log.write(f"Failed: {decision.message}")
+        self._finish(BatchStatus.FAILED, decision.message)
 
     # -- running -------------------------------------------------------------------------------
 
     def _run_groups(self) -> None:
-        registry = ModelRegistry.load(self._settings.models)
+        registry = self._runner._registry.current
         input_path = self._runner._data.input_file(self._batch.input_file_id)
         slot, todo = self._runner._slot, self._log.todo()
         after = dict(pairwise(self._index.models_of(todo)))
@@ -296,6 +289,7 @@ class _Run:
                 on_engine=self._on_engine,
             )
             for group in groups:
+                self._runner.model = group.model
                 entry = registry.get(group.model)
                 self._warmup = None
                 self._copy_answers(group, copies)
@@ -364,6 +358,7 @@ class _Run:
     def _check(self, *, draining: bool) -> None:
         """Raise whatever should end this run: LeaseLost, a full disk, Cancelled, Stopped."""
         self._keeper.check()
+        self._look_for_folder()
         if self._keeper.cancel_requested.is_set():
             raise Cancelled
         ends = self._batch.expires_at if self._batch.status is BatchStatus.RUNNING else None
@@ -371,6 +366,13 @@ class _Run:
             raise Expired
         if self._runner._stop.is_set() and not draining:
             raise Stopped
+
+    def _look_for_folder(self) -> None:
+        """Raises StorageLost. What is written into a folder that was removed is lost."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + LOOK_FOR_FOLDER_S
+            self._runner._data.require_present()
 
     def _deliver(self, deliveries: list[Delivery], num_in_flight: int) -> None:
         if deliveries:

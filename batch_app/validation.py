@@ -22,10 +22,10 @@ from batch_app.errors import (
     BadRequest,
     Conflict,
     LeaseLost,
-    ObjectsUnavailable,
     StorageFull,
     StoreUnavailable,
 )
+from batch_app.failure_policy import Fail, decide, to_paused
 from batch_app.faults import crash_point
 from batch_app.files import DataDir, IncomingFolder, move_durably, remove_tree, wake_workers
 from batch_app.intake import IntakeRules, IntakeSummary, index_file
@@ -66,7 +66,7 @@ class Validation:
     settings: Settings
     data: DataDir
     store: Store
-    registry: ModelRegistry
+    registry: Callable[[], ModelRegistry]
     holder: str
     clock: Callable[[], datetime] = utc_now
     stopping: Callable[[], bool] = lambda: False
@@ -77,10 +77,9 @@ class Validation:
     def run_once(self) -> bool:
         """Check one batch, if one waits for it. Returns whether one did.
 
-        Raises StoreUnavailable, ObjectsUnavailable, StorageFull, OSError: the batch is checked
-        again later.
+        Raises whatever made the check impossible: the batch is paused, and checked again later.
         """
-        batch = self.store.claim_to_validate(self.holder, LEASE_S)
+        batch = self.store.claim_to_validate(self.holder, LEASE_S, self.clock())
         if batch is None:
             return False
         try:
@@ -90,11 +89,30 @@ class Validation:
         except _Stopping:
             self.store.release(batch)
             return False
-        except (StoreUnavailable, ObjectsUnavailable, StorageFull, OSError):
-            with suppress(LeaseLost, StoreUnavailable, StorageFull):
-                self.store.release(batch)
+        except Exception as error:
+            with suppress(LeaseLost, Conflict, StoreUnavailable, StorageFull):
+                self._fail_or_pause(batch, error)
             raise
         return True
+
+    def _fail_or_pause(self, batch: Batch, error: Exception) -> None:
+        decision = decide(error, batch)
+        if not isinstance(decision, Fail) and batch.expires_at and self.clock() >= batch.expires_at:
+            decision = Fail(
+                f"The completion window ({batch.completion_window}) ended before its lines could "
+                f"be checked: {decision.reason}"
+            )
+        if isinstance(decision, Fail):
+            self._refuse(batch, (), decision.message)
+            return
+        paused, num_pauses = to_paused(
+            decision,
+            batch,
+            self.clock(),
+            first_s=self.settings.pause_first_s,
+            longest_s=self.settings.pause_longest_s,
+        )
+        self.store.pause(batch, paused, num_pauses)
 
     def _validate(self, batch: Batch) -> None:
         log = BatchLog(self.data.log_file(batch.id), clock=self.clock)
@@ -104,8 +122,11 @@ class Validation:
         except FileNotFoundError:
             input_path = None
         if input_path is None or not input_path.exists():
-            self._refuse(batch, [LineError("empty_file", "The input file's bytes are gone.")])
-            return
+            raise FileNotFoundError(
+                "The bytes of its input file are not where they belong. If the data folder's disk "
+                "is away, or the file was removed by hand, put it back; else cancel the batch and "
+                "upload the file again."
+            )
         try:
             summary = self._check(batch, keep)
         except BadLines as refusal:
@@ -137,7 +158,7 @@ class Validation:
             summary = index_file(
                 self.data.input_file(batch.input_file_id),
                 folder,
-                intake_rules(batch, self.settings, self.registry),
+                intake_rules(batch, self.settings, self.registry()),
                 on_read=keep,
                 places=self.checker_places,
             )

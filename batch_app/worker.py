@@ -11,14 +11,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import platform
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -31,7 +29,7 @@ from batch_app.cache import evict
 from batch_app.clock import DueClock
 from batch_app.closing import Closed, close_with_results_so_far
 from batch_app.config import Settings, load_settings
-from batch_app.core import Batch, BatchStatus, Choice, Waiting
+from batch_app.core import Batch, BatchStatus, Choice, Paused, PauseKind, Waiting
 from batch_app.engine.limits import LoweredLimits
 from batch_app.engine.prefetch import Prefetch
 from batch_app.engine.process import EngineProcess
@@ -40,23 +38,23 @@ from batch_app.engine.watch import EngineReading, EngineWatch
 from batch_app.errors import (
     BatchAppError,
     Conflict,
-    EngineUnavailable,
     LeaseLost,
     NotFound,
     ObjectsUnavailable,
-    ResultsLogError,
     StorageFull,
+    StorageLost,
     StoreUnavailable,
 )
+from batch_app.failure_policy import Decide, Fail, Pause, decide, to_paused
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.lease import HeldLease
-from batch_app.machine import this_machine
+from batch_app.machine import host_identity, process_lives, this_machine
 from batch_app.objects import open_objects
 from batch_app.orphans import remove_orphans
+from batch_app.pause_watch import PauseWatch
 from batch_app.queue import choose
-from batch_app.registry import ModelRegistry
-from batch_app.rests import Rests
+from batch_app.registry_watch import WatchedRegistry
 from batch_app.runner import Runner
 from batch_app.service import ServiceNotifier
 from batch_app.shared_files import remove_work, share_log
@@ -71,7 +69,8 @@ EXIT_AT_ONCE = 130
 #: doesn't notice, somebody who asks for its status does. Not with a GPU: the engine inherits it,
 #: and the GPU would wait for the processor.
 NICENESS_ON_CPU = 5
-LONGEST_PAUSE_S = 60.0
+#: How soon a data folder that couldn't be used is looked at again, and how often at most the queue.
+LOOK_AT_FOLDER_S, SHORTEST_LOOK_S = 1.0, 0.05
 #: A process that stands ready for a batch which then didn't come takes memory for nothing.
 STAND_DOWN_S = 60.0
 TIDY_EVERY_S, TIDY_STOP_S = 600.0, 5.0
@@ -89,8 +88,10 @@ class Worker:
         stop: threading.Event,
         clock: Callable[[], datetime] | None = None,
         ready: EngineProcess | None = None,
+        decide: Decide = decide,
     ) -> None:
-        """`ready`: an engine process that was started already, for the first model."""
+        """`ready`: an engine process that was started already, for the first model. `decide`:
+        what errors mean for their batch."""
         clock = clock or DueClock()
         self.id = new_id("worker")
         self._settings = settings
@@ -100,7 +101,7 @@ class Worker:
         self._data.create()
         self._store = Store(settings.resolved_database_url)
         self._store.migrate()
-        ModelRegistry.load(settings.models)  # a registry that can't be read is said at the start
+        self._registry = WatchedRegistry(settings.models)
         self._slot = EngineSlot(
             settings,
             self._data.engine_log,
@@ -123,16 +124,19 @@ class Worker:
             clock=clock,
             prefetch=self._prefetch,
             next_model=self._next_model,
+            registry=self._registry,
+            decide=decide,
         )
         self._listener = self._store.queue_listener()
         self._wakeup = self._listener or WakeupFile(self._data.wakeup_file)
         self._notifier = ServiceNotifier()
         self._started_at = clock()
         self._batch_id: str | None = None
-        self._pause_s = 0.0
-        self._rests = Rests()
+        self._pauses = PauseWatch(self._started_at, self._registry.entry_fingerprint)
+        self._trouble: str | None = None  # of the data folder
         self._tidying = BackgroundThread("cache", self._tidy, TIDY_EVERY_S)
-        self._kept: tuple[Batch, str] | None = None  # still to be given back, and why
+        #: Still to be given back: what `Store.pause` is told.
+        self._kept: tuple[Batch, Paused, int] | None = None
 
     def run(self) -> None:
         """Work until `stop` is set."""
@@ -149,15 +153,13 @@ class Worker:
                 if batch is not None:
                     self._work_on(batch)
                     idle_since = time.monotonic()
-                    if self._pause_s:
-                        self._stop.wait(self._pause_s)
                     continue
                 idle_s = time.monotonic() - idle_since
                 if self._settings.idle_unload_s and idle_s > self._settings.idle_unload_s:
                     self._slot.unload()
                 if idle_s > STAND_DOWN_S:
                     self._slot.stand_down()
-                self._wakeup.wait(self._settings.poll_interval_s, self._stop)
+                self._wakeup.wait(self._next_look_s(), self._stop)
         finally:
             self._notifier.stopping()
             self._prefetch.stop()
@@ -169,9 +171,28 @@ class Worker:
 
     # -- the queue -----------------------------------------------------------------------------
 
+    def _next_look_s(self) -> float:
+        """Seconds to wait for a wake-up: no longer than until the next pause ends."""
+        longest_s = self._settings.poll_interval_s
+        if self._trouble is not None:
+            longest_s = min(longest_s, LOOK_AT_FOLDER_S)
+        if self._pauses.next_look_s is not None:
+            longest_s = min(longest_s, max(self._pauses.next_look_s, SHORTEST_LOOK_S))
+        return longest_s
+
     def _claim(self) -> Batch | None:
         try:
             self._give_back()
+        except (StoreUnavailable, StorageFull) as error:
+            logger.warning("Can't give a batch back: %s", error.message)
+            return None
+        trouble = self._data.trouble()
+        if trouble != self._trouble:
+            logger.warning("%s", trouble or "The data folder can be used again.")
+            self._trouble = trouble
+        if trouble:
+            return None  # a batch would only meet the same, perhaps after minutes of loading
+        try:
             self._release_dead_workers()
             now = self._clock()
             return self._store.claim_next(
@@ -183,7 +204,7 @@ class Worker:
 
     def _pick(self, waiting: Sequence[Waiting], now: datetime) -> Choice | None:
         return choose(
-            self._rests.awake(waiting),
+            self._pauses.ready(waiting, now),
             loaded_model=self._slot.model,
             now=now,
             bound_s=self._settings.max_passed_over_s,
@@ -204,7 +225,9 @@ class Worker:
         """A worker of this machine whose process is gone can't object: its batches are free now,
         not when their leases run out."""
         for worker in self._store.list_workers():
-            if worker.host != host_identity() or worker.id == self.id or _is_alive(worker):
+            if worker.host != host_identity() or worker.id == self.id:
+                continue
+            if process_lives(worker.pid, worker.process_started_at):
                 continue
             num_batches = self._store.release_dead(worker.id)
             self._store.forget_worker(worker.id)
@@ -218,48 +241,50 @@ class Worker:
         try:
             with tracing.span("batch run", batch.id, model=batch.model, requests=batch.total):
                 self._runner.run(batch)
-            self._pause_s = 0.0
             _say(f"■ {batch.id}: {self._status(batch)}")
         except LeaseLost as error:
             _say(f"■ {batch.id}: {error.message}")
             batch_log.write(f"Worker {self.id} lost this batch to another one.")
-        except EngineUnavailable as error:
-            # Nobody else has to wait for that server.
-            self._pause_s = 0.0
-            rest_s = self._rests.begin(batch.id, error.model, error.retry_after_s)
-            self._try_again_later(batch, batch_log, error, rest_s)
-        except (
-            StorageFull,
-            ResultsLogError,
-            StoreUnavailable,
-            ObjectsUnavailable,
-            OSError,
-        ) as error:
-            self._pause_s = min(max(1.0, 2 * self._pause_s), LONGEST_PAUSE_S)
-            self._try_again_later(batch, batch_log, error, self._pause_s)
-        except Exception as error:
-            # A defect of ours must not stop the queue. The batch fails, with its results so far.
-            logger.exception("Batch %s failed on an internal error.", batch.id)
-            batch_log.write(f"Failed on an internal error ({type(error).__name__}).")
-            self._fail(
-                batch,
-                batch_log,
-                f"Internal error: {type(error).__name__}. See the worker's output.",
-            )
+        except Exception as error:  # noqa: BLE001 - decided on there, and logged
+            # Whatever it is, it must not stop the queue.
+            self._fail_or_pause(batch, batch_log, error)
         finally:
             self._batch_id = None
 
-    def _try_again_later(
-        self, batch: Batch, batch_log: BatchLog, error: Exception, pause_s: float
-    ) -> None:
-        reason = error.message if isinstance(error, BatchAppError) else str(error)
-        _say(f"■ {batch.id}: paused: {reason}")
+    def _fail_or_pause(self, batch: Batch, batch_log: BatchLog, error: Exception) -> None:
+        current = batch
+        with contextlib.suppress(BatchAppError):  # it has told its progress since it was claimed
+            current = self._store.get_batch(batch.id)
+        decision = self._runner.decide(error, current, self._runner.model)
+        is_defect = isinstance(decision, Fail) or decision.kind is PauseKind.INTERNAL
+        if is_defect:
+            logger.error("Batch %s met an error.", batch.id, exc_info=error)
+        if isinstance(decision, Fail):
+            with contextlib.suppress(OSError):
+                batch_log.write(f"Failed: {decision.message}")
+            self._fail(batch, batch_log, decision.message)
+        else:
+            self._pause(batch, current, batch_log, decision)
+
+    def _pause(self, batch: Batch, current: Batch, batch_log: BatchLog, decision: Pause) -> None:
+        paused, num_pauses = to_paused(
+            decision,
+            current,
+            self._clock(),
+            first_s=self._settings.pause_first_s,
+            longest_s=self._settings.pause_longest_s,
+            entry_of=self._registry.entry_fingerprint,
+        )
+        until = "until its entry in the model registry changes"
+        if paused.retry_at is not None:
+            until = f"for {(paused.retry_at - paused.since).total_seconds():.0f} s"
+        _say(f"■ {batch.id}: paused {until}: {paused.reason}")
         try:
-            batch_log.write(f"Paused for {pause_s:.0f} s: {reason}")
+            batch_log.write(f"Paused {until} ({paused.kind}): {paused.reason}")
         except OSError:
             logger.warning("The log of %s can't be written either.", batch.id)
         share_log(self._data, batch.id)
-        self._kept = (batch, reason)
+        self._kept = (batch, paused, num_pauses)
         try:
             self._give_back()
         except (BatchAppError, OSError):
@@ -267,9 +292,8 @@ class Worker:
 
     def _give_back(self) -> None:
         if self._kept is not None:
-            batch, reason = self._kept
-            with contextlib.suppress(LeaseLost):
-                self._store.release(batch, reason)
+            with contextlib.suppress(LeaseLost, NotFound):
+                self._store.pause(*self._kept)
             self._kept = None
 
     def _fail(self, batch: Batch, batch_log: BatchLog, message: str) -> None:
@@ -290,9 +314,19 @@ class Worker:
             )
             share_log(self._data, batch.id)
             remove_work(self._data, batch.id)
-        except (StorageFull, StoreUnavailable, ObjectsUnavailable, OSError, Conflict) as error:
-            # A conflict: it was cancelled just now. Housekeeping ends what nobody has.
-            self._try_again_later(batch, batch_log, error, self._pause_s)
+        except Conflict as error:
+            # It was cancelled just now. Housekeeping ends what nobody has.
+            self._pause(batch, batch, batch_log, Pause(PauseKind.INTERNAL, error.message))
+        except (
+            StorageFull,
+            StorageLost,
+            StoreUnavailable,
+            ObjectsUnavailable,
+            OSError,
+        ) as error:
+            decision = decide(error, batch)
+            assert isinstance(decision, Pause)
+            self._pause(batch, batch, batch_log, decision)
         except BatchAppError as error:
             logger.warning("Can't mark %s as %s: %s", batch.id, to.value, error.message)
 
@@ -304,10 +338,10 @@ class Worker:
                 unfinished,
                 data=self._data,
                 settings=self._settings,
-                registry=ModelRegistry.load(self._settings.models),
+                registry=self._registry.current,
                 now=self._clock(),
             )
-        except (StorageFull, ObjectsUnavailable, OSError) as error:
+        except (StorageFull, StorageLost, ObjectsUnavailable, OSError) as error:
             if not isinstance(error, FileNotFoundError):
                 raise
             logger.exception("The results of %s can't be published.", batch.id)
@@ -399,28 +433,6 @@ class Worker:
         if self._listener is not None:
             self._listener.close()
         self._store.close()
-
-
-def host_identity() -> str:
-    """This machine since its last start, and this container of it: where process ids mean
-    something."""
-    boot = container = ""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    with contextlib.suppress(OSError):
-        container = str(Path("/proc/self/ns/pid").readlink())
-    return f"{platform.node()}/{boot}/{container}"
-
-
-def _is_alive(worker: WorkerRow) -> bool:
-    try:
-        process = psutil.Process(worker.pid)
-        same = abs(process.create_time() - worker.process_started_at) < 1.0
-        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 def _say(message: str) -> None:

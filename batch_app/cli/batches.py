@@ -68,7 +68,7 @@ def _row(batch: Batch) -> tuple[str, ...]:
     left_s = seconds_left(batch)
     return (
         batch.id,
-        batch.status,
+        f"{batch.status}, paused ({batch.paused.kind})" if batch.paused else batch.status,
         batch.model or "-",
         f"{batch.progress.done:,}/{batch.progress.total:,}",
         f"{batch.progress.failed:,}",

@@ -87,7 +87,7 @@ def _told_here(
     registry = ModelRegistry.load(settings.models)
     outlook = Outlook(lambda: registry, BenchmarkFolder(settings.benchmarks_dir))
     with Source.of(name) as source, source.on_disk() as path, TemporaryDirectory() as folder:
-        found = DryRuns(settings, registry, outlook).of(path, Path(folder), model)
+        found = DryRuns(settings, lambda: registry, outlook).of(path, Path(folder), model)
     return dry_run_body(found).model_dump()
 
 

@@ -32,6 +32,18 @@ def ago(moment: datetime, now: datetime | None = None) -> str:
     return f"{count} {unit} ago"
 
 
+def pause_text(batch: Batch, now: datetime | None = None) -> str:
+    """Why a batch is paused and when it is tried again; empty if it isn't."""
+    paused = batch.paused
+    if paused is None:
+        return batch.pause_reason or ""
+    text = f"{paused.reason} (waits for: {paused.kind}"
+    if paused.retry_at is not None:
+        left_s = (paused.retry_at - (now or utc_now())).total_seconds()
+        text += f"; next try in {duration(left_s)}" if left_s > 1 else "; next try now"
+    return f"{text})"
+
+
 def plural(number: int, one: str) -> str:
     """`1 error`, `2 errors`."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"

@@ -223,7 +223,7 @@ def _folder(path: Path, base: Path) -> str:
 def remove(
     name: Name,
     force: Annotated[
-        bool, typer.Option("--force", help="Also where unfinished batches need it: they fail.")
+        bool, typer.Option("--force", help="Also where unfinished batches need it: they wait.")
     ] = False,
     models: Models = None,
     data_dir: DataFolder = None,
@@ -238,7 +238,7 @@ def remove(
         num_batches = _num_waiting(settings, entry)
         if num_batches:
             raise Conflict(
-                f"{num_batches:,} unfinished batches need {entry.name}: without it they fail. "
+                f"{num_batches:,} unfinished batches need {entry.name}: without it they wait. "
                 "Wait for them or cancel them (vllm-batch list), or say --force.",
                 code="model_in_use",
             )

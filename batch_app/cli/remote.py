@@ -105,7 +105,7 @@ def same_place(server: str | None) -> str:
 
 def facts(batch: Batch) -> list[tuple[str, str]]:
     """What `status` shows of a batch, as names and values."""
-    from batch_app.cli.figures import ago, duration, seconds_left, share
+    from batch_app.cli.figures import ago, duration, pause_text, seconds_left, share
 
     rows = [
         ("batch", batch.id),
@@ -138,7 +138,7 @@ def facts(batch: Batch) -> list[tuple[str, str]]:
             )
         )
     if batch.pause_reason:
-        rows.append(("paused", batch.pause_reason))
+        rows.append(("paused", pause_text(batch)))
     if batch.error_message:
         rows.append(("error", batch.error_message))
     return rows

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from batch_app.cli.figures import duration, ending, seconds_left, share
+from batch_app.cli.figures import duration, ending, pause_text, seconds_left, share
 from batch_app.cli.options import Json
 from batch_app.cli.remote import (
     SECTION,
@@ -116,7 +116,7 @@ class Screen:
         if cache:
             rows.append(("cache", cache))
         if batch.pause_reason:
-            rows.append(("paused", batch.pause_reason))
+            rows.append(("paused", pause_text(batch)))
         elif batch.status == "pending":
             rows.append(("waiting", self._place(batch)))
         if not batch.is_finished:

@@ -17,7 +17,7 @@ What goes wrong is raised as one of `batch_app.errors`: `BadLines` for a file th
 from batch_app.client.client import BatchClient
 from batch_app.client.results import Result, ResultError
 from batch_app.client.source import Source
-from batch_app.client.states import Batch, Estimate, Model, Progress, Usage
+from batch_app.client.states import Batch, Estimate, Model, Paused, Progress, Usage
 from batch_app.client.webhooks import Delivery, Webhook
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Delivery",
     "Estimate",
     "Model",
+    "Paused",
     "Progress",
     "Result",
     "ResultError",

@@ -50,6 +50,18 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """Why a batch can't go on at the moment. `kind`: what it waits for; `retry_at` is None where
+    time alone changes nothing. Times are aware, in UTC."""
+
+    kind: str
+    reason: str
+    by: str
+    since: datetime | None
+    retry_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """A batch, as it was when the server was asked.
 
@@ -69,6 +81,7 @@ class Batch:
     throughput_tokens_per_s: float | None
     error_message: str | None
     pause_reason: str | None
+    paused: Paused | None
     deduplicated: int
     input_file_id: str | None
     estimate: Estimate | None
@@ -119,6 +132,7 @@ def batch_of(body: Mapping[str, Any]) -> Batch:
         throughput_tokens_per_s=body["throughput_tokens_per_sec"],
         error_message=body["error_message"],
         pause_reason=body.get("pause_reason"),
+        paused=_paused(body.get("paused")),
         deduplicated=body.get("deduplicated") or 0,
         input_file_id=body.get("input_file_id"),
         estimate=_estimate(body.get("estimate")),
@@ -144,6 +158,18 @@ def model_of(body: Mapping[str, Any]) -> Model:
         throughput_tokens_per_s=body.get("throughput_tokens_per_sec"),
         throughput_requests_per_s=body.get("throughput_requests_per_sec"),
         raw=body,
+    )
+
+
+def _paused(body: Mapping[str, Any] | None) -> Paused | None:
+    if body is None:
+        return None
+    return Paused(
+        kind=body["kind"],
+        reason=body["reason"],
+        by=body["by"],
+        since=_moment(body["since"]),
+        retry_at=_moment(body["retry_at"]),
     )
 
 

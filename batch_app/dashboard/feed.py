@@ -64,7 +64,7 @@ def seen_batches(own: Services, page: list[Batch], crew: Crew) -> list[Seen]:
         is_running = batch.status is BatchStatus.RUNNING
         samples = own.store.samples(batch.id, seen_by=EVERYBODY) if is_running else []
         view = batch_view(
-            own.with_pause_reason(batch),
+            own.with_pause(batch),
             estimate,
             name=names.get(batch.input_file_id, ""),
             line=line,

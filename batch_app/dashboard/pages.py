@@ -57,6 +57,7 @@ def queue(
         next_after=found[-1].id if has_more else None,
         is_empty=not found and status is None and after is None,
         models=[entry.name for entry in own.registry.entries],
+        registry_problem=own.watched_registry.problem,
         address=_address(request),
     )
 
@@ -80,7 +81,6 @@ def batch_page(request: Request, batch_id: str) -> Response:
         is_finished=batch.is_terminal,
         provenance=_facts(batch.provenance),
         is_cut_short=batch.status in (BatchStatus.CANCELLED, BatchStatus.EXPIRED),
-        is_paused=batch.status is not BatchStatus.QUEUED and seen.view.note.startswith("Paused"),
     )
 
 
@@ -153,7 +153,13 @@ def models(request: Request) -> Response:
                 "is_loaded": entry.name in loaded,
             }
         )
-    return page(request, "models.html", models=found, sees_all=asks.sees_all)
+    return page(
+        request,
+        "models.html",
+        models=found,
+        sees_all=asks.sees_all,
+        registry_problem=own.watched_registry.problem,
+    )
 
 
 @router.get("/models/accuracy.svg")

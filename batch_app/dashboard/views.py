@@ -11,9 +11,10 @@ from datetime import datetime
 from itertools import pairwise
 
 from batch_app.batch_log import truncated_text
-from batch_app.core import Batch, BatchStatus, Sample, Waiting
+from batch_app.core import Batch, BatchStatus, Paused, Sample, Waiting
 from batch_app.dashboard.formats import between, count, duration, iso, ordinal, plural
 from batch_app.estimates import Estimate
+from batch_app.retry import can_be_retried
 from batch_app.store import WorkerRow
 from batch_app.wire.native import STATUS_NAMES, percent, results_url
 
@@ -209,7 +210,7 @@ def batch_view(
         is_over=batch.is_terminal,
         is_bad=is_bad,
         can_cancel=not batch.is_terminal and batch.status is not BatchStatus.CANCELLING,
-        can_retry=batch.is_terminal and batch.error_file_id is not None,
+        can_retry=can_be_retried(batch),
         can_download=results_url(batch) is not None,
     )
 
@@ -233,8 +234,8 @@ def _note(batch: Batch, line: Line, crew: Crew) -> str:
     """Why it stands where it stands; empty where that needs no words."""
     if batch.is_terminal:
         return batch.error_message or ""
-    if batch.pause_reason:
-        return f"Paused: {batch.pause_reason}"
+    if batch.paused:
+        return f"Paused: {batch.paused.reason}{_next_try(batch.paused)}"
     if batch.status is BatchStatus.VALIDATING:
         return "The lines of its file are being checked."
     if batch.status is BatchStatus.QUEUED:
@@ -252,6 +253,14 @@ def _note(batch: Batch, line: Line, crew: Crew) -> str:
         if mine is not None and mine.model != batch.model:
             return f"Loading {batch.model}."
         return "The first requests are running."
+    return ""
+
+
+def _next_try(paused: Paused) -> str:
+    if paused.retry_at is not None:
+        return f" Next try at {paused.retry_at:%H:%M:%S} UTC."
+    if paused.entry is not None:
+        return f" It is tried again when the registry's entry of {paused.model} changes."
     return ""
 
 

@@ -14,7 +14,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Engine, func, make_url, select, text
+from sqlalchemy import URL, Engine, func, inspect, make_url, select, text
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ArgumentError
 
@@ -177,10 +177,13 @@ def revisions(engine: Engine) -> tuple[str | None, str]:
 def migrate(engine: Engine) -> None:
     """Bring the tables to the newest version. Safe when several processes start at once.
 
-    Raises ConfigError where a newer program has brought them further: nothing is changed then.
+    Raises ConfigError where a newer program has brought them further, or where they are not those
+    that their version says: nothing is changed then.
     """
     present, newest = revisions(engine)
     if present == newest:
+        with reading(engine) as connection:
+            _require_columns(connection, newest)
         return
     config, _ = _alembic()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
@@ -197,6 +200,27 @@ def migrate(engine: Engine) -> None:
             connection.execute(text(f"SELECT pg_advisory_xact_lock({postgresql.MIGRATION_LOCK})"))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        _require_columns(connection, present or newest)
+
+
+def _require_columns(connection: Connection, version: str) -> None:
+    """Raises ConfigError where a table or a column is missing: before the first release a
+    migration was changed after databases had been made by it."""
+    there = inspect(connection)
+    tables = set(there.get_table_names())
+    for table in metadata.sorted_tables:
+        columns = set()
+        if table.name in tables:
+            columns = {column["name"] for column in there.get_columns(table.name)}
+        missing = [column.name for column in table.columns if column.name not in columns]
+        if missing:
+            shown_url = shown(connection.engine.url.render_as_string(hide_password=False))
+            raise ConfigError(
+                f"{shown_url} says that its tables are of version {version}, but {table.name} has "
+                f"no {', '.join(missing)}: a program from before the first release made it. "
+                "Nothing was changed. Fetch your results with the program that made it; then move "
+                "the database away, or name another data folder (--data-dir), and start again."
+            )
 
 
 def _is_postgresql(bind: Engine | Connection) -> bool:

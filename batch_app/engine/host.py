@@ -42,7 +42,7 @@ from batch_app.engine.channel import (
     Unavailable,
     from_engine_decoder,
 )
-from batch_app.engine.fetch import local_folder, needs_files
+from batch_app.engine.fetch import local_folder
 from batch_app.engine.memory import num_oom_kills, says_out_of_memory
 from batch_app.engine.process import EngineProcess, Network
 from batch_app.errors import (
@@ -115,8 +115,8 @@ class EngineHost(Engine):
 
     def load(self, ahead: Sequence[EngineRequest] = ()) -> EngineInfo:
         folder = self.spec.source
-        if needs_files(self.spec):
-            folder = self.folder = local_folder(self.spec, self._start_timeout_s)
+        if self.spec.engine == "vllm" or self.spec.engine_args.get("from_hub"):
+            folder = self.folder = local_folder(self.spec, self._start_timeout_s, self._interrupted)
         self._start()
         spec = msgspec.structs.replace(self.spec, source=folder)
         self._send(Load(spec, self._api_key(), list(ahead)))

@@ -13,6 +13,7 @@ memory). With `hold_after` and `hold_while` it stands still after so many answer
 file exists: what has to happen in the middle of a batch does, however fast or slow the machine.
 With `load_errors`, a file of texts, each load fails as vLLM would with the first of its lines, and
 takes that line away.
+With `from_hub` its `source` is fetched from the model hub as a model's is, and not looked at.
 To the file `journal` goes a line for every answer: what was computed, also in vain.
 """
 
@@ -60,6 +61,7 @@ _KNOWN_ARGS = frozenset(
         "poison",
         "memory_seqs",
         "journal",
+        "from_hub",
     }
 )
 _DEVICE = "simulated"

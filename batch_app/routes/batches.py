@@ -319,8 +319,12 @@ def cancel_pending_batch(
             f"POST /v1/batches/{batch_id}/cancel stops it and keeps the results so far.",
             code=conflict.code,
         ) from None
-    remove_work(own.data, batch.id)
-    _log(own, batch, "cancelled before it started")
+    if batch.status is BatchStatus.CANCELLING:  # it was paused, and may have results
+        _log(own, batch, "cancel requested")
+        own.housekeeping.wake()
+    else:
+        remove_work(own.data, batch.id)
+        _log(own, batch, "cancelled before it started")
     return _answer(own, batch, dialect)
 
 
@@ -379,7 +383,7 @@ def _answer(
     own: Services, batch: Batch, dialect: Dialect | None, webhook: Webhook | None = None
 ) -> Response:
     estimate = own.estimate(batch)
-    batch = own.with_pause_reason(batch)
+    batch = own.with_pause(batch)
     body: BaseModel
     if (dialect or batch.dialect) is Dialect.OPENAI:
         body = openai_batch_body(batch, estimate, webhook)

@@ -27,6 +27,8 @@ from batch_app.errors import (
     NotFound,
     ObjectsUnavailable,
     StorageFull,
+    StorageLost,
+    StoreLost,
     StoreUnavailable,
     TooLarge,
     TooMany,
@@ -60,13 +62,17 @@ STATUS: Mapping[type[BatchAppError], int] = {
     Conflict: 409,
     KeyInUse: 409,
     StorageFull: 507,
+    StorageLost: 503,
     StoreUnavailable: 503,
+    StoreLost: 503,
     ObjectsUnavailable: 503,
 }
 _HEADERS: Mapping[int, Mapping[str, str]] = {409: NO_RETRY, 507: NO_RETRY, 503: RETRY_SOON}
 _CODES: Mapping[type[BatchAppError], str] = {
     StorageFull: "storage_full",
+    StorageLost: "storage_lost",
     StoreUnavailable: "store_unavailable",
+    StoreLost: "store_lost",
     ObjectsUnavailable: "object_storage_unavailable",
 }
 
@@ -99,7 +105,7 @@ def answer(error: BatchAppError) -> Response:
     if status >= 500:
         logger.warning("Answering %d: %s", status, error.message)
     message = error.message
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, StoreUnavailable) and not isinstance(error, StoreLost):
         message = "The database does not answer at the moment. Try again shortly."
     return json_response(error_body(status, message, code=code, param=param), status, headers)
 

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 import re
 import secrets
+from collections.abc import Callable
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from batch_app.access import Access
 from batch_app.batch_log import printable
 from batch_app.config import Settings
-from batch_app.errors import Forbidden, StoreUnavailable
+from batch_app.errors import BatchAppError, Forbidden, StoreUnavailable
 from batch_app.routes.authentication import SAFE_METHODS
 from batch_app.routes.errors import answer, internal_error
 
@@ -213,3 +214,22 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+class StorageGuard:
+    """Refuses what would change something while the database or the data folder that was opened is
+    gone: it would be accepted, and lost."""
+
+    def __init__(self, app: ASGIApp, require: Callable[[], None]) -> None:
+        """`require` raises the error to be answered."""
+        self._app = app
+        self._require = require
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
+            try:
+                await run_in_threadpool(self._require)
+            except BatchAppError as error:
+                await answer(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)

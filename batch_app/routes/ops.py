@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from batch_app import __version__
 from batch_app.core import BatchStatus
-from batch_app.errors import ObjectsUnavailable, StorageFull, StoreUnavailable
+from batch_app.errors import ObjectsUnavailable, StorageFull, StoreLost, StoreUnavailable
 from batch_app.metrics import CONTENT_TYPE, Reading, exposition
 from batch_app.routes.answers import refusals
 from batch_app.routes.services import Services, services
@@ -31,7 +31,8 @@ class AliveBody(BaseModel):
 
 
 class ReadyBody(BaseModel):
-    """`status` is `ok` or `unavailable`; `checks` says of each part `ok` or what is wrong."""
+    """`status` is `ok`, `degraded` (it works, and somebody should look) or `unavailable`; `checks`
+    says of each part `ok` or what is wrong."""
 
     status: str
     version: str
@@ -54,9 +55,9 @@ def readyz(request: Request) -> Response:
 @router.get("/health", response_model=ReadyBody, responses={503: {"model": ReadyBody}})
 def health(request: Request) -> Response:
     """As /readyz, and somebody does the work: a worker lives where one is needed, and no engine
-    hangs."""
+    hangs. `degraded`, with 200, where the model registry can't be read or batches are paused."""
     own = services(request)
-    return _readiness(own, _work_checks(own))
+    return _readiness(own, _work_checks(own), _concerns(own))
 
 
 @router.get(
@@ -73,7 +74,7 @@ def metrics(request: Request) -> Response:
     reading = Reading(
         totals=own.store.totals(),
         workers=own.store.list_workers(),
-        free_bytes=shutil.disk_usage(own.data.root).free,
+        free_bytes=_free_bytes(own),
         heartbeat_s=own.settings.heartbeat_s,
         now=own.clock(),
         deliveries=own.store.count_deliveries(),
@@ -103,29 +104,74 @@ def _work_checks(own: Services) -> dict[str, str]:
     return checks
 
 
-def _readiness(own: Services, more: Mapping[str, str] = MappingProxyType({})) -> Response:
-    checks = {"database": "ok", "disk": "ok", **more}
+def _concerns(own: Services) -> dict[str, str]:
+    """What keeps batches from running, though the server itself works."""
+    concerns = {"registry": "ok", "batches": "ok"}
+    problem = own.watched_registry.problem
+    if problem is not None:  # anybody may read this: not in which folder it is
+        concerns["registry"] = problem.replace(str(own.settings.models), own.settings.models.name)
     try:
-        own.store.ping()
+        counts, has_keys = own.store.count_paused(), own.access.is_required()
     except (StoreUnavailable, StorageFull):
-        checks["database"] = "does not answer"
+        concerns["batches"] = "unknown: the database does not answer"
+        return concerns
+    if counts:
+        total = sum(count.num_batches for count in counts)
+        kinds = ", ".join(f"{count.num_batches} {count.kind.value}" for count in counts)
+        concerns["batches"] = f"{total} paused ({kinds})"
+        if not has_keys:  # else reasons are for those who may see the batches
+            concerns["batches"] += f": {counts[0].reason}"
+    return concerns
+
+
+def _readiness(
+    own: Services,
+    more: Mapping[str, str] = MappingProxyType({}),
+    concerns: Mapping[str, str] = MappingProxyType({}),
+) -> Response:
+    checks = {"database": _database_check(own), "disk": _disk_check(own), **more}
     if own.data.objects is not None:
         checks["object_storage"] = "ok"
         try:
             own.data.objects.ping()
         except ObjectsUnavailable as error:
             checks["object_storage"] = error.message
-    free_bytes = shutil.disk_usage(own.data.root).free
-    if free_bytes < own.settings.min_free_bytes:
-        checks["disk"] = f"less than {own.settings.min_free_bytes} bytes free (min_free_bytes)"
-    good = all(state == "ok" for state in checks.values())
+    status = "ok" if all(state == "ok" for state in checks.values()) else "unavailable"
+    if status == "ok" and any(state != "ok" for state in concerns.values()):
+        status = "degraded"
     body = ReadyBody(
-        status="ok" if good else "unavailable",
+        status=status,
         version=__version__,
-        checks=checks,
-        free_bytes=free_bytes,
+        checks=checks | dict(concerns),
+        free_bytes=_free_bytes(own),
     )
-    return _json(body, 200 if good else 503)
+    return _json(body, 503 if status == "unavailable" else 200)
+
+
+def _database_check(own: Services) -> str:
+    try:
+        own.store.ping()
+        own.store.require_tables()
+    except StoreLost as error:
+        return error.message
+    except (StoreUnavailable, StorageFull):
+        return "does not answer"
+    return "ok"
+
+
+def _disk_check(own: Services) -> str:
+    trouble = own.data.trouble()
+    if trouble is None and _free_bytes(own) < own.settings.min_free_bytes:
+        trouble = f"less than {own.settings.min_free_bytes} bytes free (min_free_bytes)"
+    return trouble or "ok"
+
+
+def _free_bytes(own: Services) -> int:
+    """0 where the data folder is gone."""
+    try:
+        return shutil.disk_usage(own.data.root).free
+    except OSError:
+        return 0
 
 
 def _json(body: BaseModel, status: int = 200) -> Response:

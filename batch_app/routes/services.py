@@ -22,7 +22,7 @@ from batch_app.benchmarks import BenchmarkFolder
 from batch_app.checkers import CheckerPlaces
 from batch_app.clock import DueClock
 from batch_app.config import Settings
-from batch_app.core import Batch, utc_now
+from batch_app.core import Batch, BatchStatus, Paused, PauseKind, utc_now
 from batch_app.dry_run import DryRuns
 from batch_app.errors import NotFound
 from batch_app.estimates import Estimate
@@ -36,6 +36,7 @@ from batch_app.objects import open_objects
 from batch_app.outbox import Outbox, tls_context
 from batch_app.outlook import Outlook
 from batch_app.registry import ModelRegistry
+from batch_app.registry_watch import WatchedRegistry
 from batch_app.retention import Retention
 from batch_app.store import LEASED, Store
 from batch_app.validation import Validation
@@ -46,8 +47,6 @@ HOUSEKEEPING_EVERY_S = 1.0
 SENDING_EVERY_S = 1.0
 COUNTING_EVERY_S = 2.0
 NOTE_KEY_USES_EVERY_S = 60.0
-#: With less room than this a worker can't go on.
-FULL_BYTES = 64 * 1024
 _BATCH_ID = re.compile(r"batch_[0-9a-f]{24}")
 
 
@@ -58,7 +57,7 @@ class Services:
     settings: Settings
     data: DataDir
     store: Store
-    registry: ModelRegistry
+    watched_registry: WatchedRegistry
     benchmarks: BenchmarkFolder
     clock: Callable[[], datetime] = field(default_factory=DueClock)
     stopping: Event = field(default_factory=Event)
@@ -76,7 +75,7 @@ class Services:
 
         Raises ConfigError, StoreUnavailable, StorageFull or OSError.
         """
-        registry = ModelRegistry.load(settings.models)
+        registry = WatchedRegistry(settings.models)
         tls_context(settings)  # a file of certificates that can't be read is said at the start
         data = DataDir(settings.data_dir, open_objects(settings))
         data.create()
@@ -86,6 +85,19 @@ class Services:
         benchmarks = BenchmarkFolder(settings.benchmarks_dir)
         benchmarks.all()
         return cls(settings, data, store, registry, benchmarks)
+
+    @property
+    def registry(self) -> ModelRegistry:
+        """As the file says now, or said when it could be read last."""
+        return self.watched_registry.current
+
+    def _current_registry(self) -> ModelRegistry:
+        return self.registry
+
+    def require_storage(self) -> None:
+        """Raises StoreLost or StorageLost where what is accepted now would be lost."""
+        self.store.require_same()
+        self.data.require_present()
 
     def for_uploads(self, caller: Caller) -> UploadServices:
         return UploadServices(
@@ -131,7 +143,7 @@ class Services:
             self.settings,
             self.data,
             self.store,
-            self.registry,
+            self._current_registry,
             self._holder,
             self.clock,
             self.stopping.is_set,
@@ -156,7 +168,7 @@ class Services:
     def housekeeping(self) -> BackgroundThread:
         """Does what is due. Started and stopped with the app."""
         work = Housekeeping(
-            self.settings, self.data, self.store, self.registry, self._holder, self.clock
+            self.settings, self.data, self.store, self._current_registry, self._holder, self.clock
         )
         return BackgroundThread("housekeeping", work.run_once, HOUSEKEEPING_EVERY_S)
 
@@ -164,7 +176,7 @@ class Services:
 
     @cached_property
     def outlook(self) -> Outlook:
-        return Outlook(lambda: self.registry, self.benchmarks)
+        return Outlook(self._current_registry, self.benchmarks)
 
     @cached_property
     def estimating(self) -> Estimating:
@@ -173,7 +185,7 @@ class Services:
     @cached_property
     def appraisal(self) -> Appraisal:
         return Appraisal(
-            self.settings, self.data, self.store, self.registry, self.outlook, self.clock
+            self.settings, self.data, self.store, self._current_registry, self.outlook, self.clock
         )
 
     @cached_property
@@ -188,7 +200,7 @@ class Services:
 
         return DryRuns(
             self.settings,
-            self.registry,
+            self._current_registry,
             self.outlook,
             turn,
             self.clock,
@@ -206,20 +218,15 @@ class Services:
         """The same for a page of the list, with one look at the queue for all."""
         return self.estimating.of_page(page)
 
-    def with_pause_reason(self, batch: Batch) -> Batch:
+    def with_pause(self, batch: Batch) -> Batch:
         """The batch, with what this server sees for itself when the worker can't tell any more:
         a disk that takes no results takes no reason either."""
-        if batch.pause_reason or batch.status not in LEASED:
+        if batch.paused or batch.status not in (BatchStatus.QUEUED, *LEASED):
             return batch
-        try:
-            disk = os.statvfs(self.data.root)
-        except OSError:
-            return replace(batch, pause_reason="The data folder can't be reached.")
-        if disk.f_flag & os.ST_RDONLY:
-            return replace(batch, pause_reason="The data folder's disk is read-only.")
-        if disk.f_bavail * disk.f_frsize < FULL_BYTES:
-            return replace(batch, pause_reason="No space left on the data folder's disk.")
-        return batch
+        trouble = self.data.trouble()
+        if trouble is None:
+            return batch
+        return replace(batch, paused=Paused(PauseKind.DISK, trouble, since=self.clock()))
 
 
 def services(request: Request) -> Services:

@@ -12,6 +12,7 @@ from batch_app.store.batches import LEASED, BatchStore
 from batch_app.store.files import FileStore, require_pending
 from batch_app.store.keys import KeyStore
 from batch_app.store.leases import LeaseStore
+from batch_app.store.pauses import PauseCount, PauseStore
 from batch_app.store.remains import RemainsStore
 from batch_app.store.samples import SampleStore
 from batch_app.store.sessions import SessionStore
@@ -23,6 +24,7 @@ __all__ = [
     "LEASED",
     "MISSED_HEARTBEATS",
     "ModelLoads",
+    "PauseCount",
     "Store",
     "Totals",
     "WorkerRow",
@@ -34,6 +36,7 @@ class Store(
     FileStore,
     BatchStore,
     LeaseStore,
+    PauseStore,
     SampleStore,
     WorkerStore,
     KeyStore,

@@ -29,7 +29,7 @@ from batch_app.database import (
 from batch_app.errors import Conflict, IdempotencyMismatch, LeaseLost, NotFound, TooMany
 from batch_app.keys import EVERYBODY, Caller
 from batch_app.store.files import insert_file, insert_files
-from batch_app.store.rows import batch_values, progress_values, to_batch
+from batch_app.store.rows import batch_values, pause_values, progress_values, to_batch
 from batch_app.store.transactions import Transactions
 from batch_app.store.visibility import visible
 from batch_app.store.webhooks import announce, insert_webhook
@@ -221,7 +221,8 @@ class BatchStore(Transactions):
     # -- changes of state ----------------------------------------------------------------------
 
     def cancel_queued(self, batch_id: str, now: datetime, *, seen_by: Caller = EVERYBODY) -> Batch:
-        """Cancel a batch that no worker has begun, with nothing to publish.
+        """Cancel a batch that no worker has begun, with nothing to publish. One that is paused may
+        have results: it is `cancelling` until somebody has published them.
 
         Raises:
             NotFound: there is no such batch.
@@ -235,6 +236,8 @@ class BatchStore(Transactions):
                     code="batch_not_pending",
                 )
             batch = change_state(connection, batch, BatchStatus.CANCELLING, now)
+            if batch.started_at is not None:
+                return batch
             return change_state(connection, batch, BatchStatus.CANCELLED, now)
 
     def request_cancel(self, batch_id: str, now: datetime, *, seen_by: Caller = EVERYBODY) -> Batch:
@@ -310,12 +313,9 @@ def change_state(
             f"Batch {batch.id} can't go from {batch.status.value} to {to.value}.",
             code="invalid_transition",
         )
-    changes: dict[str, Any] = {
-        "status": to.value,
-        _STAMPS[to]: now,
-        "pause_reason": None,
-        **values,
-    }
+    changes: dict[str, Any] = {"status": to.value, **pause_values(None), **values}
+    if getattr(batch, _STAMPS[to]) is None:  # one that was paused comes to some states again
+        changes[_STAMPS[to]] = now
     if to in TERMINAL:
         changes["lease_owner"] = None
     progress = changes.pop("progress", None)
@@ -326,7 +326,7 @@ def change_state(
         changes["errors"] = [asdict(error) for error in errors]
     connection.execute(update(batches).where(batches.c.id == batch.id).values(**changes))
     changed = get_batch(connection, batch.id)
-    if to is BatchStatus.QUEUED:
+    if to is BatchStatus.QUEUED and changed.paused is None:
         wake_workers(connection)
     if to in TERMINAL:
         announce(connection, changed, now)

@@ -14,7 +14,7 @@ from batch_app.database import batches, wake_workers
 from batch_app.errors import LeaseLost
 from batch_app.store.batches import LEASED, change_state, get_batch
 from batch_app.store.lease_watch import Lease, LeaseWatch
-from batch_app.store.rows import progress_values, to_batch
+from batch_app.store.rows import pause_values, progress_values, to_batch, to_paused
 from batch_app.store.samples import note_sample
 from batch_app.store.transactions import Transactions
 
@@ -44,8 +44,9 @@ class LeaseStore(Transactions):
         had it is left to `claim_to_close`: its lines may not even be checked.
         """
         wanted = _wanted()
-        if not self._is_any_free(wanted):
-            return None
+        with self._read() as connection:  # a look that locks nothing: idle processes look often
+            if pick(_waiting(connection, and_(wanted, self._is_free(connection)))) is None:
+                return None
         with self._write() as connection:
             claimable = and_(wanted, self._is_free(connection))
             waiting = _waiting(connection, claimable)
@@ -87,18 +88,21 @@ class LeaseStore(Transactions):
         with self._read() as connection:
             return _waiting(connection, batches.c.status == BatchStatus.QUEUED.value)
 
-    def claim_to_validate(self, holder: str, lease_s: float) -> Batch | None:
-        """Give the caller the oldest batch whose lines are to be checked."""
-        wanted = batches.c.status == BatchStatus.VALIDATING.value
+    def claim_to_validate(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
+        """Give the caller the oldest batch whose lines are to be checked, and now."""
+        wanted = and_(batches.c.status == BatchStatus.VALIDATING.value, _is_due(now))
         return self._claim_oldest(wanted, holder, lease_s)
 
     def claim_to_close(self, holder: str, lease_s: float, now: datetime) -> Batch | None:
         """Give the caller a batch that has to end, cancelled or out of time, and is in nobody's
         hands: no worker has begun it, or the one that did is gone."""
-        cancelled = batches.c.status == BatchStatus.CANCELLING.value
+        cancelled = and_(batches.c.status == BatchStatus.CANCELLING.value, _is_due(now))
         overdue = and_(
             batches.c.status.in_([BatchStatus.QUEUED.value, BatchStatus.RUNNING.value]),
             batches.c.expires_at < now,
+            # Paused before that: it ends all the same. Paused since: it couldn't be closed.
+            or_(batches.c.paused_at.is_(None), batches.c.paused_at < batches.c.expires_at)
+            | _is_due(now),
         )
         return self._claim_oldest(or_(cancelled, overdue), holder, lease_s)
 
@@ -115,38 +119,32 @@ class LeaseStore(Transactions):
     ) -> BatchStatus:
         """Keep the lease, and tell how far the batch is. Returns its status as it stands now.
 
-        `goes_on`: whatever it was paused for is over. With `at`, the progress is also noted as
-        that time's, in the batch's series. `outlook`, `provenance`: as in `Batch`; None leaves
-        them. Raises LeaseLost if the batch's epoch is no
-        longer this one's, or it has ended.
+        `goes_on`: whatever it was paused for before is over. With `at`, the progress is also noted
+        as that time's, in the batch's series. `outlook`, `provenance`: as in `Batch`; None leaves
+        them. Raises LeaseLost if the batch's epoch is no longer this one's, or it has ended.
         """
         values: dict[str, Any] = {"lease_s": lease_s, "heartbeats": batches.c.heartbeats + 1}
         if progress is not None:
             values |= progress_values(progress)
         if goes_on:
-            values["pause_reason"] = None
+            values["num_pauses"] = 0
         if outlook is not None:
             values["outlook"] = outlook
         if provenance is not None:
             values["provenance"] = provenance
         with self._write() as connection:
-            _fenced_update(connection, batch, values)
+            fenced_update(connection, batch, values)
             if at is not None and progress is not None:
                 note_sample(connection, batch.id, at, progress)
             renewed = get_batch(connection, batch.id)
         self.lease_watch.saw(_lease(renewed))
         return renewed.status
 
-    def release(self, batch: Batch, pause_reason: str | None = None) -> None:
-        """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost.
-
-        `pause_reason`: why this worker couldn't; it stands there until one can.
-        """
-        values = {"lease_owner": None, "pause_reason": pause_reason}
+    def release(self, batch: Batch) -> None:
+        """Give the batch back unfinished, for the next worker to go on with. Raises LeaseLost."""
         with self._write() as connection:
-            _fenced_update(connection, batch, values)
-            if pause_reason is None:
-                wake_workers(connection)
+            fenced_update(connection, batch, {"lease_owner": None})
+            wake_workers(connection)
 
     def release_dead(self, worker_id: str) -> int:
         """Free the batches of a worker known to be dead, without waiting for their leases.
@@ -218,6 +216,7 @@ class LeaseStore(Transactions):
                 lease_owner=holder,
                 lease_s=lease_s,
                 heartbeats=batches.c.heartbeats + 1,
+                **pause_values(None),
             )
         )
         claimed = get_batch(connection, batch.id)
@@ -249,7 +248,13 @@ def _wanted() -> ColumnElement[bool]:
     return or_(batches.c.status == BatchStatus.QUEUED.value, begun)
 
 
+def _is_due(now: datetime) -> ColumnElement[bool]:
+    """Not paused, or for long enough."""
+    return or_(batches.c.retry_at.is_(None), batches.c.retry_at <= now)
+
+
 def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Waiting]:
+    paused = [batches.c[name] for name in ("pause_kind", *pause_values(None))]
     rows = connection.execute(
         select(
             batches.c.id,
@@ -259,12 +264,14 @@ def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Wai
             batches.c.priority,
             batches.c.passed_over_at,
             batches.c.status,
+            *paused,
         )
         .where(condition)
-        .order_by(batches.c.seq)
+        # However many are paused, they hide nobody.
+        .order_by(batches.c.paused_at.is_not(None), batches.c.seq)
         .limit(MAX_CONSIDERED)
     ).all()
-    return [
+    found = [
         Waiting(
             batch_id=row.id,
             model=row.model,
@@ -273,9 +280,11 @@ def _waiting(connection: Connection, condition: ColumnElement[bool]) -> list[Wai
             priority=row.priority,
             passed_over_at=row.passed_over_at,
             begun=row.status != BatchStatus.QUEUED.value,
+            paused=to_paused(dict(row._mapping)),
         )
         for row in rows
     ]
+    return sorted(found, key=lambda one: one.place)
 
 
 def _note_passed_over(connection: Connection, batch_ids: Sequence[str], now: datetime) -> None:
@@ -289,7 +298,7 @@ def _note_passed_over(connection: Connection, batch_ids: Sequence[str], now: dat
     connection.execute(update(batches).where(batches.c.seq.in_(rows)).values(passed_over_at=now))
 
 
-def _fenced_update(connection: Connection, batch: Batch, values: dict[str, Any]) -> None:
+def fenced_update(connection: Connection, batch: Batch, values: dict[str, Any]) -> None:
     result = connection.execute(
         update(batches)
         .where(batches.c.id == batch.id)

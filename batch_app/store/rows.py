@@ -15,6 +15,8 @@ from batch_app.core import (
     FilePurpose,
     FinishReasonCounts,
     LineError,
+    Paused,
+    PauseKind,
     Progress,
     StoredFile,
     TokenCounts,
@@ -59,11 +61,43 @@ def to_progress(values: Mapping[str, Any]) -> Progress:
     )
 
 
+def pause_values(paused: Paused | None) -> Values:
+    """The columns that say why a batch is paused; with None, that it isn't."""
+    if paused is None:
+        names = ("reason", "model", "entry")
+        return dict.fromkeys(["paused_at", "paused_by", "retry_at", *(f"pause_{n}" for n in names)])
+    return {
+        "pause_kind": paused.kind.value,
+        "pause_reason": paused.reason,
+        "paused_at": paused.since,
+        "paused_by": paused.by,
+        "retry_at": paused.retry_at,
+        "pause_model": paused.model,
+        "pause_entry": paused.entry,
+    }
+
+
+def to_paused(values: Mapping[str, Any]) -> Paused | None:
+    if values["paused_at"] is None:
+        return None
+    return Paused(
+        kind=PauseKind(values["pause_kind"]),
+        reason=values["pause_reason"],
+        since=values["paused_at"],
+        retry_at=values["retry_at"],
+        by=values["paused_by"],
+        model=values["pause_model"],
+        entry=values["pause_entry"],
+    )
+
+
 def batch_values(batch: Batch) -> Values:
     values = asdict(batch)
-    del values["progress"]
+    del values["progress"], values["paused"]
     return (
         values
+        | {"pause_kind": batch.pause_kind.value if batch.pause_kind else None}
+        | pause_values(batch.paused)
         | progress_values(batch.progress)
         | {
             "dialect": batch.dialect.value,
@@ -77,6 +111,11 @@ def to_batch(row: Row[Any] | Mapping[str, Any]) -> Batch:
     values = _values(row)
     del values["seq"]
     values["progress"] = to_progress({name: values.pop(name) for name in PROGRESS_COLUMNS})
+    values["paused"] = to_paused(values)
+    for name in pause_values(None):
+        del values[name]
+    if values["pause_kind"] is not None:
+        values["pause_kind"] = PauseKind(values["pause_kind"])
     values["dialect"] = Dialect(values["dialect"])
     values["status"] = BatchStatus(values["status"])
     values["errors"] = tuple(LineError(**error) for error in values["errors"] or ())

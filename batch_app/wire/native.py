@@ -7,7 +7,7 @@ of a batch is always sent, null where it is unset.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -109,6 +109,18 @@ class UsageBody(_Body):
     total_tokens: int
 
 
+class PausedBody(_Body):
+    """Why a batch can't go on at the moment. `kind`: what it waits for. `by`: who paused it;
+    `server`: this program, on an error. `retry_at` is null where time alone changes nothing. Times
+    as in the rest of the object: Unix seconds in the OpenAI dialect."""
+
+    kind: str
+    reason: str
+    by: str
+    since: str | int
+    retry_at: str | int | None
+
+
 class BatchBody(_Body):
     """A batch. Times are UTC without a zone, as the guide prints them.
 
@@ -131,6 +143,7 @@ class BatchBody(_Body):
     estimate: EstimateBody | None
     deduplicated: int
     pause_reason: str | None
+    paused: PausedBody | None
     webhook: WebhookBody | None
     provenance: dict[str, Any] | None
     input_file_id: str
@@ -233,6 +246,22 @@ def usage_body(batch: Batch) -> UsageBody | None:
     )
 
 
+def paused_body(
+    batch: Batch, time: Callable[[datetime | None], str | int | None]
+) -> PausedBody | None:
+    """`time`: how this dialect writes times."""
+    paused = batch.paused
+    if paused is None:
+        return None
+    return PausedBody(
+        kind=paused.kind.value,
+        reason=paused.reason,
+        by=paused.by,
+        since=time(paused.since) or "",
+        retry_at=time(paused.retry_at),
+    )
+
+
 def batch_body(
     batch: Batch, estimate: Estimate | None = None, webhook: Webhook | None = None
 ) -> BatchBody:
@@ -254,6 +283,7 @@ def batch_body(
         estimate=estimate_body(estimate),
         deduplicated=batch.progress.deduplicated,
         pause_reason=batch.pause_reason,
+        paused=paused_body(batch, local_time),
         webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
         provenance=None if batch.provenance is None else dict(batch.provenance),
         input_file_id=batch.input_file_id,

@@ -29,10 +29,12 @@ from batch_app.wire.errors import LineErrorBody
 from batch_app.wire.native import (
     EstimateBody,
     FinishReasonsBody,
+    PausedBody,
     ProgressBody,
     UsageBody,
     estimate_body,
     finish_reasons_body,
+    paused_body,
     progress_body,
     usage_body,
 )
@@ -182,9 +184,10 @@ class BatchErrorsBody(_Body):
 
 
 class OpenAIBatchBody(_Body):
-    """A batch. `progress`, `finish_reasons`, `estimate`, `priority`, `retry_of`, `deduplicated`
-    (requests that got the answer of an equal one), `pause_reason` and `webhook` (the one that was
-    made with the batch, in the answer that creates both, with its secret) are this server's own."""
+    """A batch. `progress`, `estimate`, `priority`, `retry_of`, `deduplicated` (requests that got
+    the answer of an equal one), `paused` (why it can't go on at the moment), `pause_reason` and
+    `webhook` (the one that was made with the batch, in the answer that creates both, with its
+    secret) are this server's own."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -215,6 +218,7 @@ class OpenAIBatchBody(_Body):
     retry_of: str | None
     deduplicated: int
     pause_reason: str | None
+    paused: PausedBody | None
     webhook: WebhookBody | None
 
 
@@ -325,6 +329,7 @@ def openai_batch_body(
         retry_of=batch.retry_of,
         deduplicated=progress.deduplicated,
         pause_reason=batch.pause_reason,
+        paused=paused_body(batch, unix),
         webhook=None if webhook is None else webhook_body(webhook, with_secret=True),
     )
 

@@ -1,201 +1,240 @@
-"""What goes wrong around the processes: the operator's files, the model hub, a remote server.
+"""Outages of what batches depend on, one after the other, in the middle of ten queued batches.
 
-Each of these lasts a while and passes by itself. No batch may fail of it.
+    python -m faults.outages --seconds 60
+
+The model hub and a remote server that are away, a model registry with a typo, a full disk, a locked
+database. All ten batches must complete, with every id once and each answer its own. Needs to be
+allowed to mount a file system, for the full disk.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import httpx
 import orjson
-from starlette.requests import Request
-from starlette.responses import Response
 
-from faults.workloads import MAX_WORDS
+from batch_app import database
+from batch_app.core import BatchStatus
 from support.hub import HubStub
-from support.model_server import Broken, Fault, ModelServerStub, always, error
-from support.site import REPO
+from support.model_server import ModelServerStub
+from support.site import Site, assert_answers_echo, echo_line
 from support.waiting import PATIENCE_S, wait_for
 
-if TYPE_CHECKING:
-    from faults.trial import Trial
-
-DEMO_MODEL = REPO / "models" / "demo"
-#: How long an outage lasts at most, in seconds.
-LONGEST_S = 3.0
-
-
-def registry(trial: Trial) -> None:
-    """The registry is broken, empties, or loses the model, again and again; and is repaired."""
-    url, worker = trial.start_both()
-    batch_ids = [trial.upload(url) for _ in range(trial.chance.randint(1, 4))]
-    path: Path = trial.site.settings.models
-    good = path.read_text()
-    breaks: dict[str, Callable[[], object]] = {
-        "typo": lambda: path.write_text(good.replace("[model.engine_args]", "[model.engine_args")),
-        "empty": lambda: path.write_text(""),
-        "gone": path.unlink,
-        "half": lambda: path.write_text(good[: good.rindex("=")]),
-        "model gone": lambda: path.write_text(good[: good.rindex("[[model]]")]),
-        "unknown argument": lambda: path.write_text(good + "no_such_argument = 1\n"),
-        "not text": lambda: path.write_bytes(b"\xff\xfe" + good.encode()),
-    }
-    for _ in range(trial.chance.randint(1, 3)):
-        trial.wait_for_results(batch_ids[0])
-        how = trial.chance.choice(list(breaks))
-        trial.report.hit.append(f"outage: registry ({how})")
-        breaks[how]()
-        if trial.chance.random() < 0.3:
-            trial.kill_engine(worker.pid)
-        time.sleep(trial.chance.uniform(0.1, LONGEST_S))
-        path.write_text(good)
-    trial.wait_a_while(batch_ids[-1])
-    trial.kill(worker)
-
-
-def hub(trial: Trial) -> None:
-    """The hub is away, refuses or hangs when the model is wanted; then it works."""
-    stub = trial.services.hub
-    assert stub is not None
-    how = trial.chance.choice(["away", "refusing", "hanging", "dies in between"])
-    trial.report.hit.append(f"outage: hub ({how})")
-    if how in ("refusing", "hanging"):
-        stub.mood = how
-    if how != "away":
-        stub.start()
-    url, worker = trial.start_both()
-    batch_ids = [trial.upload(url) for _ in range(trial.chance.randint(1, 3))]
-    if how == "dies in between":
-        stub.mood = "hanging"
-        wait_for(lambda: stub.num_requests > 0, timeout_s=PATIENCE_S, what="it is asked")
-        stub.stop()
-    time.sleep(trial.chance.uniform(0.5, LONGEST_S))
-    if trial.chance.random() < 0.3:
-        trial.kill(worker)
-        worker = trial.site.start_worker()
-    stub.mood = "well"
-    if how in ("away", "dies in between"):
-        stub.start()
-    trial.wait_a_while(batch_ids[-1])
-    trial.kill(worker)
-
-
-def remote_server(trial: Trial) -> None:
-    """A server that has the model answers wrongly, or not at all, for a while."""
-    stub = trial.services.remote
-    assert stub is not None
-    stub.start()
-    url, worker = trial.start_both()
-    batch_ids = [trial.upload(url) for _ in range(trial.chance.randint(1, 3))]
-    for _ in range(trial.chance.randint(1, 3)):
-        trial.wait_for_results(batch_ids[0])
-        how = trial.chance.choice([*_MISBEHAVIOUR, "away"])
-        trial.report.hit.append(f"outage: remote server ({how})")
-        if how == "away":
-            stub.stop()
-        else:
-            stub.fault = _now_and_then(trial.chance.random(), _MISBEHAVIOUR[how])
-        if trial.chance.random() < 0.3:
-            trial.kill_engine(worker.pid)
-        time.sleep(trial.chance.uniform(0.1, LONGEST_S))
-        stub.fault = None
-        if how == "away":
-            stub.start()
-    trial.wait_a_while(batch_ids[-1])
-    trial.kill(worker)
-
-
-class _WithAnError(Response):
-    """Status 200, and an error that passes."""
-
-    media_type = "application/json"
-
-    def __init__(self) -> None:
-        said = {"error": {"message": "Overloaded.", "type": "X", "param": None, "code": 503}}
-        super().__init__(json.dumps(said))
-
-
-#: Each of them passes when the request is sent again.
-_MISBEHAVIOUR: dict[str, Fault] = {
-    "500": always(lambda: error(500)),
-    "503": always(lambda: error(503, retry_after="0.1")),
-    "429": always(lambda: error(429, retry_after="0.1")),
-    "broken answers": always(Broken),
-    "errors with status 200": always(_WithAnError),
+NUM_BATCHES = 10
+#: A batch that nothing disturbs takes this share of an outage.
+BATCH_SHARE = 0.5
+STEP_S, NUM_SEQS, WORDS = 0.02, 4, 3
+DISK_BYTES = 24 << 20
+#: So much longer than undisturbed work and all the outages it may take.
+PATIENCE_FACTOR = 4
+TYPO = '\n[[model]]\nname = "a typo\n'
+#: Which batch runs on what, in the queue's order.
+MODELS = ("local", "fetched", "remote")
+SETTINGS: dict[str, Any] = {
+    "lease_s": 5.0,
+    "heartbeat_s": 0.3,
+    "poll_interval_s": 0.3,
+    "commit_interval_s": 0.05,
+    "min_free_bytes": 0,
+    "pause_longest_s": 5.0,
 }
 
 
-def _now_and_then(share: float, fault: Fault) -> Fault:
-    """Meets about this share of the requests, by what they say."""
+class CannotMount(Exception):
+    """This user may not mount a file system."""
 
-    async def answer(request: Request) -> Response | None:
-        is_met = hash(await request.body()) % 100 < max(share, 0.05) * 100
-        return await fault(request) if is_met else None
 
-    return answer
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of its own, of a few MiB. Raises CannotMount."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)]
+    done = subprocess.run(mount, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise CannotMount(done.stderr.strip())
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """Take all the room there is. Returns the file that has it."""
+    ballast = folder / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 10, 1):
+            try:
+                while True:
+                    file.write(b"x" * size)
+            except OSError:
+                continue
+    return ballast
 
 
 @dataclass
-class Services:
-    """What the model of a trial comes from, beside the program. `cache`: of the hub's models."""
+class Report:
+    """`said`: by outage, what batch logs and the server said of it."""
 
-    hub: HubStub | None = None
-    remote: ModelServerStub | None = None
-    cache: Path | None = None
-
-    @classmethod
-    def of(cls, kind: str, root: Path, engine: str) -> Services:
-        """What trials of this kind need; nothing is started."""
-        if kind == "hub":
-            files = {"config.json": b"{}"}
-            if engine == "vllm":
-                files = {path.name: path.read_bytes() for path in DEMO_MODEL.iterdir()}
-            return cls(hub=HubStub(files=files), cache=root / "hub")
-        if kind == "remote server":
-            return cls(remote=ModelServerStub(step_s=0.02, max_words=MAX_WORDS))
-        return cls()
-
-    def model_entry(self, engine: str, sim_args: Mapping[str, Any]) -> str:
-        """The registry's entry of the model `tried`."""
-        source, arguments = "sim", sim_args
-        if engine == "vllm":
-            source = str(DEMO_MODEL)
-            arguments = {"max_model_len": 2048, "enforce_eager": True}
-        if self.hub is not None:
-            source = self.hub.model
-        if self.remote is not None:
-            source, engine = self.remote.model, "openai"
-            arguments = {
-                "base_url": self.remote.base_url,
-                "max_concurrency": 16,
-                "patience_s": 0.5,
-                "backoff_s": 0.05,
-                "max_backoff_s": 0.2,
-                "max_retries": 50,
-            }
-        entry = [f'[[model]]\nname = "tried"\nsource = "{source}"\nengine = "{engine}"']
-        lines = [f"{name} = {orjson.dumps(value).decode()}" for name, value in arguments.items()]
-        return "\n".join([*entry, "[model.engine_args]", *lines, ""])
-
-    def environment(self) -> dict[str, str]:
-        """Of the processes of the program."""
-        if self.hub is None:
-            return {}
-        return self.hub.environment() | {"HF_HUB_CACHE": str(self.cache)}
-
-    def stop(self) -> None:
-        for server in (self.hub, self.remote):
-            if server is not None:
-                server.stop()
+    seconds_each: float
+    num_requests: int = 0
+    num_pauses: Counter[str] = field(default_factory=Counter)
+    health: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
-OUTAGES: dict[str, Callable[[Trial], None]] = {
-    "registry": registry,
-    "hub": hub,
-    "remote server": remote_server,
-}
+class Outages:
+    """One site on a disk of its own, and all that happens to it."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.seconds = seconds
+        self.folder = folder
+        self.hub, self.server = HubStub(), ModelServerStub(step_s=STEP_S)
+        self.num_requests = max(int(BATCH_SHARE * seconds * NUM_SEQS / (STEP_S * WORDS)), 20)
+        self.report = Report(seconds, NUM_BATCHES * self.num_requests)
+
+    def run(self) -> Report:
+        """Raises AssertionError where a batch didn't complete as it should."""
+        began = time.monotonic()
+        with small_disk(self.folder / "disk") as disk:
+            site = Site(disk, **SETTINGS)
+            try:
+                self._run(site, disk)
+            finally:
+                site.close()
+                self.hub.stop()
+                self.server.stop()
+        self.report.seconds = round(time.monotonic() - began, 1)
+        return self.report
+
+    def _run(self, site: Site, disk: Path) -> None:
+        good = site.settings.models.read_text() + self._models()
+        site.settings.models.write_text(good)
+        batch_ids = [
+            site.submit((echo_line(n) for n in range(self.num_requests)), self._model(number))
+            for number in range(NUM_BATCHES)
+        ]
+        url = site.start_server()
+        # Outside the disk that fills: what the hub has is not the data folder's.
+        site.start_worker(**self.hub.environment(self.folder / "hub"))
+        site.wait_for_progress(batch_ids[0], 1)
+
+        def registry() -> Callable[[], object]:
+            site.settings.models.write_text(good + TYPO)
+            return lambda: site.settings.models.write_text(good)
+
+        def full_disk() -> Callable[[], object]:
+            return fill(disk).unlink
+
+        def locked() -> Callable[[], object]:
+            path = database.sqlite_path(site.settings.resolved_database_url)
+            connection = database.sqlite_driver().connect(
+                str(path), timeout=PATIENCE_S, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("BEGIN EXCLUSIVE")
+
+            def unlock() -> None:
+                connection.execute("ROLLBACK")
+                connection.close()
+
+            return unlock
+
+        # Both are away from the beginning; whatever needs neither overtakes.
+        self._during("registry", url, registry)
+        self._during("full disk", url, full_disk)
+        self._during("hub", url, lambda: self.hub.start)
+        self._during("remote server", url, lambda: self.server.start)
+        self._during("locked database", url, locked)
+        patience_s = PATIENCE_S + PATIENCE_FACTOR * self.seconds * NUM_BATCHES
+        for batch_id in batch_ids:
+            batch = site.wait_until_done(batch_id, timeout_s=patience_s)
+            assert batch.status is BatchStatus.COMPLETED, f"{batch_id}: {batch.error_message}"
+            self._check(site, batch_id)
+        wait_for(lambda: self._health(url) == "ok", what="all is well at the end")
+
+    def _during(self, name: str, url: str, begin: Callable[[], Callable[[], object]]) -> None:
+        """Have an outage for its time, and note what the server says of itself."""
+        end = begin()
+        try:
+            time.sleep(self.seconds)
+            if name != "locked database":  # it would wait for as long as that is locked
+                self.report.health[name] = self._health(url)
+        finally:
+            end()
+        time.sleep(min(0.1 * self.seconds, 1.0))
+
+    def _health(self, url: str) -> str:
+        body = httpx.get(f"{url}/health", timeout=PATIENCE_S).json()
+        bad = {name: said for name, said in body["checks"].items() if said != "ok"}
+        return "; ".join(f"{name}: {said}" for name, said in bad.items()) or "ok"
+
+    def _check(self, site: Site, batch_id: str) -> None:
+        batch = site.batch(batch_id)
+        counts = batch.progress
+        assert (counts.completed, counts.failed) == (self.num_requests, 0), f"{batch_id}: {counts}"
+        assert batch.error_file_id is None
+        assert batch.output_file_id is not None
+        output = site.data.output_file(batch.output_file_id).read_bytes().splitlines()
+        ids = Counter(orjson.loads(line)["custom_id"] for line in output)
+        assert ids == Counter(f"r{number}" for number in range(self.num_requests)), batch_id
+        assert_answers_echo(site.results(batch_id), self.num_requests)
+        for line in site.log(batch_id).splitlines():
+            if " Paused " in line:
+                self.report.num_pauses[line.split("(", 1)[1].split(")", 1)[0]] += 1
+
+    def _model(self, number: int) -> str:
+        kind = MODELS[number % len(MODELS)]
+        return f"fetched-{number}" if kind == "fetched" else kind
+
+    def _models(self) -> str:
+        engine = f"max_num_seqs = {NUM_SEQS}\ndecode_step_s = {STEP_S}\n"
+        text = (
+            '\n[[model]]\nname = "local"\nengine = "sim"\nsource = "sim"\n'
+            f"[model.engine_args]\n{engine}"
+            '\n[[model]]\nname = "remote"\nengine = "openai"\nsource = "served-name"\n'
+            f'[model.engine_args]\nbase_url = "{self.server.base_url}"\nmax_retries = 1\n'
+            f"backoff_s = 0.05\nmax_concurrency = {NUM_SEQS}\n"
+        )
+        for number in range(NUM_BATCHES):
+            name = self._model(number)
+            if name.startswith("fetched"):
+                text += (
+                    f'\n[[model]]\nname = "{name}"\nengine = "sim"\nsource = "org/{name}"\n'
+                    f"[model.engine_args]\nfrom_hub = true\n{engine}"
+                )
+        return text
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long each outage lasts")
+    seconds = parser.parse_args().seconds
+    with tempfile.TemporaryDirectory(prefix="outages-", ignore_cleanup_errors=True) as folder:
+        try:
+            report = Outages(Path(folder), seconds).run()
+        except (AssertionError, CannotMount) as failure:
+            print(f"FAILED: {type(failure).__name__}: {failure}"[:4000])
+            return 1
+    print(
+        f"{NUM_BATCHES} of {NUM_BATCHES} batches completed: {report.num_requests:,} requests, "
+        f"every id once, in {report.seconds:.0f} s with outages of {seconds:g} s each."
+    )
+    pauses = ", ".join(f"{kind} {count}" for kind, count in report.num_pauses.most_common())
+    print(f"Pauses: {pauses or 'none'}.")
+    for name, said in report.health.items():
+        print(f"/health during {name}: {said[:300]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,7 +28,7 @@ from batch_app.core import Batch, BatchStatus
 from batch_app.faults import CRASH_POINTS
 from batch_app.files import DataDir
 from batch_app.orphans import remove_orphans
-from faults.outages import OUTAGES, Services
+from faults.trial_outages import OUTAGES, Services
 from faults.workloads import MAX_WORDS, DemoWorkload, EchoWorkload, Workload
 from support.postgres import PostgresServer
 from support.site import Site, engine_pid, kill_tree

@@ -40,7 +40,7 @@ def get(world: World, batch_id: str) -> dict[str, Any]:
 
 def validation(world: World, **changes: Any) -> Validation:
     own = world.services
-    work = Validation(own.settings, own.data, own.store, own.registry, "server", own.clock)
+    work = Validation(own.settings, own.data, own.store, lambda: own.registry, "server", own.clock)
     return replace(work, **changes)
 
 
@@ -112,7 +112,7 @@ def test_a_long_check_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPa
         looks += 1
         if looks > 1:
             world.pass_time(LEASE_S / 2)
-            assert world.store.claim_to_validate("another", LEASE_S) is None
+            assert world.store.claim_to_validate("another", LEASE_S, world.now) is None
         return False
 
     assert validation(world, stopping=stopping).run_once()

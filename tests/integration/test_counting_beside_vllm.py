@@ -113,7 +113,7 @@ def test_what_is_too_long_is_what_the_engine_refuses(
     registry = ModelRegistry([ENTRY])
     outlook = Outlook(lambda: registry, BenchmarkFolder(tmp_path / "none"))
 
-    (row,) = DryRuns(Settings(), registry, outlook).of(path, folder).models
+    (row,) = DryRuns(Settings(), lambda: registry, outlook).of(path, folder).models
 
     told = answers(vllm_engine, bodies)
     refused = [number + 1 for number in sorted(told) if told[number][0] != 200]

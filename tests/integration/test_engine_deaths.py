@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from batch_app.core import BatchStatus
+from batch_app.core import BatchStatus, utc_now
+from batch_app.failure_policy import MAX_UNKNOWN
 from support.site import Site, echo_line
 from support.waiting import wait_for
 
@@ -25,6 +26,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         commit_interval_s=0.05,
         engine_backoff_s=0.01,
         max_engine_restarts=2,
+        pause_first_s=0.01,
     )
     yield site
     site.close()
@@ -89,13 +91,17 @@ def test_an_engine_that_dies_of_everything_fails_the_batch(site: Site) -> None:
     batch_id = site.submit(lines(40, set(range(40))), "delicate")
     good = site.submit(lines(5, set()), "delicate")
     site.start_worker()
+    assert site.wait_until_done(good).status is BatchStatus.COMPLETED, "it overtakes"
     batch = site.wait_until_done(batch_id)
     assert batch.status is BatchStatus.FAILED
+    assert f"vllm-batch retry {batch_id}" in (batch.error_message or "")
     assert "without an answer in between (max_engine_restarts)" in (batch.error_message or "")
     codes = [line["error"]["code"] for line in site.results(batch_id)]
     assert codes == ["batch_failed"] * 40
-    assert site.log(batch_id).count("Starting the engine again") <= 2 + (32).bit_length() + 2
-    assert site.wait_until_done(good).status is BatchStatus.COMPLETED
+    assert site.log(batch_id).count("Paused for") == MAX_UNKNOWN
+    claims = MAX_UNKNOWN + 1
+    most = claims * (2 + (32).bit_length() + 2)
+    assert site.log(batch_id).count("Starting the engine again") <= most
 
 
 def test_a_batch_of_one_poisonous_request_completes(site: Site) -> None:
@@ -106,11 +112,13 @@ def test_a_batch_of_one_poisonous_request_completes(site: Site) -> None:
     assert_all_but_the_poisons_answered(site.results(batch_id), 1, {0})
 
 
-def test_results_so_far_are_kept_when_the_engine_stays_dead(site: Site) -> None:
+def test_results_so_far_are_kept_while_the_engine_stays_dead(site: Site) -> None:
     batch_id = site.submit(lines(200, set(range(100, 200))), "delicate")
     site.start_worker()
+    wait_for(lambda: "(engine): The engine ended" in site.log(batch_id), what="it pauses")
+    site.store.request_cancel(batch_id, utc_now())
     batch = site.wait_until_done(batch_id)
-    assert batch.status is BatchStatus.FAILED
+    assert batch.status is BatchStatus.CANCELLED
     results = site.results(batch_id)
     assert len(results) == 200
     answered = [line for line in results if line["response"]]

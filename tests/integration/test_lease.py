@@ -73,7 +73,7 @@ def test_while_a_server_closes_a_batch(
     slow_logs(closing, batch_id)
     monkeypatch.setattr(lease, "RENEWALS", 15_000)
     registry = ModelRegistry.load(site.settings.models)
-    assert Housekeeping(site.settings, site.data, site.store, registry, "server").run_once()
+    assert Housekeeping(site.settings, site.data, site.store, lambda: registry, "server").run_once()
     assert site.batch(batch_id).status is BatchStatus.EXPIRED
 
 

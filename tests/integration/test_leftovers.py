@@ -206,7 +206,9 @@ def test_the_sweep_comes_now_and_then(world: World, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(world.store, "forget_keys", note)
     own = world.services
-    work = Housekeeping(own.settings, own.data, own.store, own.registry, "server", own.clock)
+    work = Housekeeping(
+        own.settings, own.data, own.store, lambda: own.registry, "server", own.clock
+    )
     begin = world.now
     for _ in range(60):
         work.run_once()

@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response
 
-from batch_app.core import BatchStatus
+from batch_app.core import Batch, BatchStatus, PauseKind
 from support.model_server import ModelServerStub, error
 from support.network import network_of
 from support.site import Site, assert_answers_echo, echo_line, engine_pid
@@ -29,7 +29,14 @@ def server() -> Iterator[ModelServerStub]:
 
 @pytest.fixture
 def site(tmp_path: Path, server: ModelServerStub) -> Iterator[Site]:
-    site = Site(tmp_path, lease_s=60.0, heartbeat_s=0.3, drain_s=5.0, poll_interval_s=0.5)
+    site = Site(
+        tmp_path,
+        lease_s=60.0,
+        heartbeat_s=0.3,
+        drain_s=5.0,
+        poll_interval_s=0.5,
+        pause_longest_s=4.0,
+    )
     entries = ""
     for name, key in {"remote": "STUB_API_KEY", "keyless": "NO_SUCH_KEY"}.items():
         entries += f"""
@@ -49,6 +56,11 @@ backoff_s = 0.02
     site.close()
 
 
+def paused(site: Site, batch_id: str) -> Batch | None:
+    batch = site.batch(batch_id)
+    return batch if batch.paused else None
+
+
 def test_a_batch_waits_for_its_server_and_nobody_else_does(
     site: Site, server: ModelServerStub
 ) -> None:
@@ -57,12 +69,12 @@ def test_a_batch_waits_for_its_server_and_nobody_else_does(
     other = site.submit((echo_line(n) for n in range(20)), "sim")
     worker = site.start_worker(STUB_API_KEY=KEY)
     assert site.wait_until_done(other).status is BatchStatus.COMPLETED
-    failed = site.wait_until_done(fails)
-    assert failed.status is BatchStatus.FAILED
-    assert "no API key in the variable NO_SUCH_KEY" in (failed.error_message or "")
-    wait_for(lambda: site.batch(waits).pause_reason, what="it says why it waits")
-    batch = site.batch(waits)
-    assert batch.status is BatchStatus.RUNNING
+    rejected = site.batch(fails).paused
+    assert rejected is not None
+    assert (rejected.kind, rejected.retry_at) == (PauseKind.REGISTRY, None)
+    assert "no API key in the variable NO_SUCH_KEY" in rejected.reason
+    batch = wait_for(lambda: paused(site, waits), what="it says why it waits")
+    assert batch.status is BatchStatus.QUEUED
     assert "no connection to the server" in (batch.pause_reason or "")
     assert batch.progress.done == 0
 
@@ -99,8 +111,7 @@ def test_a_server_that_breaks_under_way_costs_no_request(
     server.start()
     batch_id = site.submit((echo_line(n) for n in range(300)), "remote")
     site.start_worker(STUB_API_KEY=KEY)
-    wait_for(lambda: site.batch(batch_id).pause_reason, timeout_s=60, what="it pauses")
-    batch = site.batch(batch_id)
+    batch = wait_for(lambda: paused(site, batch_id), timeout_s=60, what="it pauses")
     assert "answers 500, also to the shortest request" in (batch.pause_reason or "")
     assert batch.progress.failed == 0
     works_for[0] = 1_000_000

@@ -30,6 +30,8 @@ from batch_app.core import (
     Dialect,
     FilePurpose,
     Idempotency,
+    Paused,
+    PauseKind,
     Progress,
     StoredFile,
 )
@@ -344,7 +346,8 @@ def test_a_new_batch_wakes_who_listens(store: Store) -> None:
     assert listener.wait(60, stop)
     claimed = store.claim_next("w", LEASE_S, NOW)
     assert claimed is not None
-    store.release(claimed, "The disk is full.")
+    full = Paused(PauseKind.DISK, "It is full.", NOW, NOW)
+    store.pause(claimed, full, 1)
     assert not listener.wait(0.2, stop)
     claimed = store.claim_next("w", LEASE_S, NOW)
     assert claimed is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from batch_app.core import (
     Dialect,
     FilePurpose,
     LineError,
+    Paused,
+    PauseKind,
     Progress,
     StoredFile,
     TokenCounts,
@@ -65,7 +68,12 @@ def batch_id(number: int) -> str:
 
 
 def add(
-    store: Store, number: int, status: BatchStatus = BatchStatus.QUEUED, *, model: str = "m"
+    store: Store,
+    number: int,
+    status: BatchStatus = BatchStatus.QUEUED,
+    *,
+    model: str = "m",
+    expires_at: datetime | None = None,
 ) -> Batch:
     file = StoredFile(f"file-{number:024x}", FilePurpose.BATCH, "a.jsonl", 10, NOW)
     batch = Batch(
@@ -76,6 +84,7 @@ def add(
         model=model,
         input_file_id=file.id,
         created_at=NOW,
+        expires_at=expires_at,
         total=100,
     )
     store.add_batch(batch, file)
@@ -263,18 +272,81 @@ def test_a_clock_that_jumps_by_a_day_takes_no_batch_away(
     new.close()
 
 
-def test_a_reason_to_pause_stands_until_it_goes_on(store: Store) -> None:
-    add(store, 1)
-    batch = store.claim_next("one", LEASE_S, NOW)
+def claimed(store: Store, number: int = 1) -> Batch:
+    batch = store.claim_next("one", LEASE_S, NOW, pick=lambda _: Choice(batch_id(number)))
     assert batch is not None
-    store.release(batch, "No room.")
-    again = store.claim_next("one", LEASE_S, NOW)
+    return batch
+
+
+FULL = Paused(PauseKind.DISK, "No room.", NOW, NOW + timedelta(seconds=60))
+
+
+def test_a_paused_batch_goes_back_to_the_queue_with_what_it_has(store: Store) -> None:
+    add(store, 1)
+    batch = claimed(store)
+    store.renew(batch, lease_s=LEASE_S, progress=Progress(completed=1))
+    store.pause(batch, FULL, 1)
+    paused = store.get_batch(batch.id)
+    assert (paused.status, paused.lease_owner, paused.paused) == (BatchStatus.QUEUED, None, FULL)
+    assert (paused.pause_reason, paused.progress.done) == ("No room.", 1)
+    assert paused.started_at == batch.started_at
+    assert [(one.batch_id, one.paused, one.begun) for one in store.waiting()] == [
+        (batch.id, FULL, False)
+    ]
+    with pytest.raises(LeaseLost):
+        store.pause(replace(batch, epoch=7), FULL, 1)
+
+    again = store.claim_next("one", LEASE_S, NOW + timedelta(seconds=60))
     assert again is not None
-    assert again.pause_reason == "No room."
-    store.renew(again, lease_s=LEASE_S)
-    assert store.get_batch(batch.id).pause_reason == "No room."
+    assert (again.paused, again.pause_kind, again.num_pauses) == (None, PauseKind.DISK, 1)
+    assert (again.status, again.started_at) == (BatchStatus.RUNNING, batch.started_at)
     store.renew(again, lease_s=LEASE_S, goes_on=True)
-    assert store.get_batch(batch.id).pause_reason is None
+    assert store.get_batch(batch.id).num_pauses == 0
+
+
+def test_a_pause_of_a_model_is_that_of_all_that_wait_for_it(store: Store) -> None:
+    for number, model in enumerate(["m", "m", "another", "m"], start=1):
+        add(store, number, model=model)
+    held = claimed(store, 4)
+    store.pause(claimed(store, 1), FULL, 1)
+    assert [one.paused for one in store.waiting()] == [FULL, None, None], "room may be there for it"
+    away = replace(FULL, kind=PauseKind.HUB, model="m", entry="e")
+    store.pause(claimed(store, 2), away, 3)
+    assert [one.paused for one in store.waiting()] == [FULL, away, None]
+    store.pause(claimed(store, 1), away, 1)
+    assert [one.paused for one in store.waiting()] == [away, away, None]
+    assert store.get_batch(held.id).paused is None
+    counts = [(one.kind, one.num_batches, one.reason) for one in store.count_paused()]
+    assert counts == [(PauseKind.HUB, 2, "No room.")]
+
+
+def test_one_that_is_cancelled_meanwhile_is_released_at_once(store: Store) -> None:
+    add(store, 1)
+    batch = claimed(store)
+    store.request_cancel(batch.id, NOW)
+    store.pause(batch, FULL, 1)
+    cancelling = store.get_batch(batch.id)
+    assert (cancelling.status, cancelling.paused) == (BatchStatus.CANCELLING, None)
+    closing = store.claim_to_close("server", LEASE_S, NOW)
+    assert closing is not None
+    store.pause(closing, FULL, 1)
+    assert store.claim_to_close("server", LEASE_S, NOW) is None, "the disk is full"
+    assert store.claim_to_close("server", LEASE_S, NOW + timedelta(seconds=60)) is not None
+
+
+def test_a_paused_batch_can_be_cancelled_and_expires(store: Store) -> None:
+    for number in (1, 2):
+        add(store, number, expires_at=NOW + timedelta(seconds=1))
+        store.pause(claimed(store, number), FULL, 1)
+    cancelled = store.cancel_queued(batch_id(1), NOW)
+    assert cancelled.status is BatchStatus.CANCELLING, "it may have results"
+    closing = store.claim_to_close("server", LEASE_S, NOW)
+    assert closing is not None
+    assert closing.id == batch_id(1)
+    assert store.claim_to_close("server", LEASE_S, NOW) is None
+    overdue = store.claim_to_close("server", LEASE_S, NOW + timedelta(seconds=2))
+    assert overdue is not None
+    assert overdue.id == batch_id(2)
 
 
 def test_release_and_release_of_the_dead(store: Store) -> None:

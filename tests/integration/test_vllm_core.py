@@ -107,7 +107,7 @@ def test_a_spawned_core_says_why_it_cannot_load(
         )
     )
     with pytest.raises(
-        EngineLoadError, match="model 'broken' could not be loaded: ValueError: .*weights"
+        EngineLoadError, match=r"model 'broken' could not be loaded: ValueError: .*weights"
     ):
         engine.load()
 

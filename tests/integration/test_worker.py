@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from batch_app.benchmarks import BenchmarkFolder
-from batch_app.core import BatchStatus, utc_now
+from batch_app.core import BatchStatus, PauseKind, utc_now
 from batch_app.database import sqlite_driver
 from support.site import ENDLESS, Site, assert_answers_echo, echo_line, engine_pid
 from support.waiting import wait_for
@@ -100,15 +100,20 @@ def test_failed_requests_stand_alone_and_in_their_place(site: Site) -> None:
     assert "word word" not in log
 
 
-def test_a_model_that_does_not_load_fails_its_batch_and_not_the_queue(site: Site) -> None:
+def test_a_model_that_does_not_load_waits_for_its_entry_and_nobody_else_does(site: Site) -> None:
     bad = site.submit([echo_line(0)], "unloadable")
     good = site.submit([echo_line(0)], "sim")
     site.start_worker()
     assert site.wait_until_done(good).status is BatchStatus.COMPLETED
-    batch = site.batch(bad)
-    assert batch.status is BatchStatus.FAILED
-    assert batch.error_message == "No such weights."
-    assert [line["error"]["code"] for line in site.results(bad)] == ["batch_failed"]
+    paused = site.batch(bad).paused
+    assert paused is not None
+    assert (paused.kind, paused.reason) == (PauseKind.REGISTRY, "No such weights.")
+    assert paused.retry_at is None
+    text = site.settings.models.read_text()
+    site.settings.models.write_text(text.replace('fail_load = "No such weights."', ""))
+    assert site.wait_until_done(bad).status is BatchStatus.COMPLETED
+    assert_answers_echo(site.results(bad), 1)
+    assert site.log(bad).count("Loading unloadable") == 2
 
 
 @pytest.mark.parametrize("num_kills", [1, 3])

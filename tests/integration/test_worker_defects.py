@@ -12,15 +12,17 @@ import pytest
 
 from batch_app import closing, foresight, runner
 from batch_app.benchmarks import BenchmarkFolder, BenchmarkPrediction
-from batch_app.core import Batch, BatchStatus, utc_now
+from batch_app.core import Batch, BatchStatus, Paused, PauseKind, utc_now
 from batch_app.errors import LeaseLost, StorageFull
+from batch_app.failure_policy import MAX_UNKNOWN
 from batch_app.worker import Worker
 from support.site import Site, assert_answers_echo, echo_line
+from support.waiting import wait_for
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    site = Site(tmp_path, commit_interval_s=0.02, heartbeat_s=0.1)
+    site = Site(tmp_path, commit_interval_s=0.02, heartbeat_s=0.1, pause_first_s=0.01)
     yield site
     site.close()
 
@@ -35,22 +37,28 @@ def worker(site: Site) -> Iterator[Worker]:
 
 
 def work(worker: Worker) -> None:
-    batch = worker._claim()
-    assert batch
-    worker._work_on(batch)
+    """Work on one batch, once, when its time has come."""
+    worker._work_on(wait_for(worker._claim, what="a batch to work on"))
+
+
+def work_to_the_end(site: Site, worker: Worker, batch_id: str) -> None:
+    while not site.batch(batch_id).is_terminal:
+        work(worker)
 
 
 def defect_after(
     monkeypatch: pytest.MonkeyPatch, num_done: int, also: Callable[[Batch], object] = lambda _: None
 ) -> None:
-    """The runner meets a defect once so many results are on disk."""
+    """The runner meets a defect once so many results are on disk, and gets no further."""
+    deliver = runner._Run._deliver
 
-    def log_progress(run: Any, num_in_flight: int, stats: Any) -> None:
+    def broken(run: Any, deliveries: Any, num_in_flight: int) -> None:
         if run._log.progress.done >= num_done:
             also(run._batch)
             raise KeyError("a prompt, perhaps")
+        deliver(run, deliveries, num_in_flight)
 
-    monkeypatch.setattr(runner._Run, "_log_progress", log_progress)
+    monkeypatch.setattr(runner._Run, "_deliver", broken)
 
 
 def published(site: Site, batch: Batch) -> tuple[list[Any], list[Any]]:
@@ -71,9 +79,16 @@ def test_what_is_done_is_published(
     with monkeypatch.context() as patch:
         defect_after(patch, 30)
         work(worker)
+        paused = site.batch(batch_id).paused
+        assert paused is not None
+        assert paused.kind is PauseKind.INTERNAL
+        work_to_the_end(site, worker, batch_id)
     batch = site.batch(batch_id)
     assert batch.status is BatchStatus.FAILED
-    assert batch.error_message == "Internal error: KeyError. See the worker's output."
+    message = batch.error_message or ""
+    assert message.startswith("Internal error (KeyError, test_worker_defects.py:")
+    assert f"vllm-batch retry {batch_id}" in message
+    assert site.log(batch_id).count("Paused for") >= MAX_UNKNOWN
     output, errors = published(site, batch)
     assert 30 <= len(output) == batch.progress.completed < 400
     assert (batch.progress.failed, len(errors)) == (0, 400 - len(output))
@@ -94,6 +109,7 @@ def test_a_batch_that_was_to_be_cancelled_is(
     batch_id = site.submit((echo_line(n) for n in range(400)), "slow")
     defect_after(monkeypatch, 30, also=lambda batch: site.store.request_cancel(batch.id, utc_now()))
     work(worker)
+    work(worker)
     batch = site.batch(batch_id)
     assert (batch.status, batch.error_message) == (BatchStatus.CANCELLED, None)
     output, errors = published(site, batch)
@@ -110,7 +126,7 @@ def test_a_defect_in_publishing_ends_it_without_files(
     for module in (runner, closing):
         monkeypatch.setattr(module, "publish", broken)
     batch_id = site.submit((echo_line(n) for n in range(3)), "sim")
-    work(worker)
+    work_to_the_end(site, worker, batch_id)
     batch = site.batch(batch_id)
     assert batch.status is BatchStatus.FAILED
     assert (batch.output_file_id, batch.error_file_id) == (None, None)
@@ -155,9 +171,11 @@ def test_no_room_for_the_files_is_no_end(
     with monkeypatch.context() as patch:
         patch.setattr(closing, "publish", full)
         defect_after(patch, 30)
-        work(worker)
+        while "Failed: Internal error" not in site.log(batch_id):
+            work(worker)
     batch = site.batch(batch_id)
-    assert (batch.status, batch.lease_owner) == (BatchStatus.RUNNING, None)
+    assert (batch.status, batch.lease_owner) == (BatchStatus.QUEUED, None)
+    assert batch.pause_reason == "No space left."
     work(worker)
     assert site.batch(batch_id).status is BatchStatus.COMPLETED
     assert_answers_echo(site.results(batch_id), 400)
@@ -180,7 +198,7 @@ def test_a_defect_after_the_end_changes_nothing(
     with pytest.raises(LeaseLost):
         site.store.renew(batch, lease_s=1.0)
     with pytest.raises(LeaseLost):
-        site.store.release(batch, "It can't be paused any more.")
+        site.store.pause(batch, Paused(PauseKind.DISK, "It can't be.", utc_now()), 1)
     assert site.batch(batch_id) == batch
 
 

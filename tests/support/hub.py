@@ -1,12 +1,12 @@
-"""A model hub with one small model, over real HTTP, which can be away, refuse or hang."""
+"""A model hub in which every model is there, over real HTTP; it can be away, refuse or hang."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from starlette.applications import Starlette
@@ -21,61 +21,69 @@ Mood = Literal["well", "refusing", "hanging"]
 
 @dataclass
 class HubStub(HttpServer):
-    """`files`: of the model, by name. `mood`: how it answers from now on."""
+    """`files`: of every model, by name. `mood`: how it answers from now on. `paths`: what was asked
+    for. It refuses connections until `start`."""
 
-    model: str = "example/tried"
     files: Mapping[str, bytes] = field(default_factory=lambda: {"config.json": b"{}"})
     mood: Mood = "well"
-    num_requests: int = 0
+    paths: list[str] = field(default_factory=list)
 
     def app(self) -> Starlette:
         return Starlette(
             routes=[
                 Route("/api/models/{name:path}/revision/{revision}", self._revision),
+                Route("/api/models/{name:path}/tree/{revision}", self._tree),
                 Route("/{name:path}/resolve/{revision}/{file}", self._file),
             ]
         )
 
-    def environment(self) -> dict[str, str]:
-        """What sends a process to this hub."""
-        return {"HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    def environment(self, cache: Path) -> dict[str, str]:
+        """What sends a process to this hub, with this folder as the local cache."""
+        return {
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
 
     @property
     def _commit(self) -> str:
-        return hashlib.sha1(b"".join(self.files.values())).hexdigest()
+        return _digest(b"".join(self.files.values()))
 
-    async def _refusal(self) -> Response | None:
-        self.num_requests += 1
+    async def _refusal(self, request: Request) -> Response | None:
+        self.paths.append(request.url.path)
         while self.mood == "hanging":  # noqa: ASYNC110 - it is set in another thread
             await asyncio.sleep(0.05)
         return Response("away", 503) if self.mood == "refusing" else None
 
     async def _revision(self, request: Request) -> Response:
-        if (refusal := await self._refusal()) is not None:
+        if (refusal := await self._refusal(request)) is not None:
             return refusal
-        if request.path_params["name"] != self.model:
-            return JSONResponse({"error": "Repository not found"}, 404)
+        name = request.path_params["name"]
         siblings = [{"rfilename": name} for name in self.files]
         return JSONResponse(
-            {"id": self.model, "modelId": self.model, "sha": self._commit, "siblings": siblings}
+            {"id": name, "modelId": name, "sha": self._commit, "siblings": siblings}
+        )
+
+    async def _tree(self, request: Request) -> Response:
+        if (refusal := await self._refusal(request)) is not None:
+            return refusal
+        return JSONResponse(
+            [
+                {"type": "file", "oid": _digest(content), "size": len(content), "path": name}
+                for name, content in self.files.items()
+            ]
         )
 
     async def _file(self, request: Request) -> Response:
-        if (refusal := await self._refusal()) is not None:
+        if (refusal := await self._refusal(request)) is not None:
             return refusal
         content = self.files.get(request.path_params["file"])
-        if content is None or request.path_params["name"] != self.model:
+        if content is None:
             return Response("Entry not found", 404, {"x-error-code": "EntryNotFound"})
-        headers = {"etag": f'"{hashlib.sha1(content).hexdigest()}"', "x-repo-commit": self._commit}
+        headers = {"etag": f'"{_digest(content)}"', "x-repo-commit": self._commit}
         return Response(content, 200, headers, media_type="application/octet-stream")
 
 
-@contextmanager
-def serving_hub(**fields: object) -> Iterator[HubStub]:
-    """A hub on a free port of 127.0.0.1, until the end of the block."""
-    hub = HubStub(**fields)  # type: ignore[arg-type]
-    hub.start()
-    try:
-        yield hub
-    finally:
-        hub.stop()
+def _digest(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()

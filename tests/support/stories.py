@@ -48,7 +48,7 @@ max_model_len = 3
 """
 
 
-class Crash(Exception):
+class Crash(BaseException):
     """The end of a process, at a chosen place."""
 
 
@@ -212,7 +212,7 @@ class World:
             own.settings,
             own.data,
             store,  # type: ignore[arg-type]
-            own.registry,
+            lambda: own.registry,
             "server",
             own.clock,
         )
@@ -229,7 +229,7 @@ class World:
             own.settings,
             own.data,
             store,  # type: ignore[arg-type]
-            own.registry,
+            lambda: own.registry,
             "server",
             own.clock,
         )

@@ -18,6 +18,8 @@ from batch_app.core import (
     BatchStatus,
     Dialect,
     FinishReasonCounts,
+    Paused,
+    PauseKind,
     Progress,
     Sample,
     TokenCounts,
@@ -117,7 +119,16 @@ def test_why_a_batch_waits() -> None:
     assert note(queued, worker(), line=(me,)) == "Next in line, when the running batch has ended."
     idle = worker(state="idle", model="big", batch_id=None)
     assert note(queued, idle, line=(me,)) == "Next in line; sim has to be loaded."
-    assert note(replace(BATCH, pause_reason="No space left."), worker()) == "Paused: No space left."
+    full = Paused(PauseKind.DISK, "No space left.", NOW)
+    assert note(replace(queued, paused=full), worker()) == "Paused: No space left."
+    away = Paused(PauseKind.HUB, "It is away.", NOW, retry_at=NOW, model="sim", entry="x")
+    assert note(replace(queued, paused=away)) == (
+        f"Paused: It is away. Next try at {NOW:%H:%M:%S} UTC."
+    )
+    rejected = replace(away, kind=PauseKind.REGISTRY, reason="No.", retry_at=None)
+    assert "again when the registry's entry of sim changes" in note(
+        replace(queued, paused=rejected)
+    )
     assert note(BATCH, worker(model=None)) == "Loading sim."
     assert note(BATCH) == f"Its worker is gone. {NO_WORKER}"
     assert note(replace(BATCH, progress=Progress(3)), worker()) == ""

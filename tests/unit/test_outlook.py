@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from batch_app.benchmarks import BenchmarkFolder, record_from_run
-from batch_app.core import Batch, BatchStatus, Dialect, Progress
+from batch_app.core import Batch, BatchStatus, Dialect, Paused, PauseKind, Progress
 from batch_app.forecast.workload import RequestGroup, Workload
 from batch_app.machine import Machine
 from batch_app.outlook import (
@@ -160,7 +160,9 @@ def test_what_a_worker_says_grows_old() -> None:
     assert (over.remaining_s, over.high_s) == pytest.approx((0, 100))
 
 
-@pytest.mark.parametrize("why", [{"pause_reason": "No space left."}, {"lease_owner": None}])
+@pytest.mark.parametrize(
+    "why", [{"paused": Paused(PauseKind.DISK, "No space left.", NOW)}, {"lease_owner": None}]
+)
 def test_it_stands_still_while_nobody_works(why: dict[str, Any]) -> None:
     left = left_of(running(outlook=said(500, 100), **why), None, NOW)
     assert left is not None
