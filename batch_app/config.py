@@ -382,8 +382,8 @@ class Settings(BaseSettings):
         5,
         ge=0,
         description="Restarts of the engine in one batch without a single result in between, "
-        "after which the batch is paused. The search for a request that kills it has restarts of its "
-        "own, as many as it takes to find one in a window.",
+        "after which the batch is paused. The search for a request that kills it has restarts of "
+        "its own, as many as it takes to find one in a window.",
     )
     engine_backoff_s: float = Field(
         1.0,
