@@ -67,7 +67,6 @@ from batch_app.warmup import Warmup
 from batch_app.window import Cancelled, Expired, Stopped, Window
 
 logger = logging.getLogger(__name__)
-
 LOOK_FOR_FOLDER_S = 1.0
 
 

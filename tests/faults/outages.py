@@ -40,7 +40,7 @@ DISK_BYTES = 24 << 20
 PATIENCE_FACTOR = 4
 TYPO = '\n[[model]]\nname = "a typo\n'
 #: Which batch runs on what, in the queue's order.
-MODELS = ("local", "fetched", "remote")
+MODELS = ("fetched", "remote", "local")
 SETTINGS: dict[str, Any] = {
     "lease_s": 5.0,
     "heartbeat_s": 0.3,
@@ -127,7 +127,7 @@ class Outages:
         url = site.start_server()
         # Outside the disk that fills: what the hub has is not the data folder's.
         site.start_worker(**self.hub.environment(self.folder / "hub"))
-        site.wait_for_progress(batch_ids[0], 1)
+        site.wait_for_progress(batch_ids[MODELS.index("local")], 1)
 
         def registry() -> Callable[[], object]:
             site.settings.models.write_text(good + TYPO)
@@ -165,12 +165,16 @@ class Outages:
     def _during(self, name: str, url: str, begin: Callable[[], Callable[[], object]]) -> None:
         """Have an outage for its time, and note what the server says of itself."""
         end = begin()
+        until = time.monotonic() + self.seconds
+        said: dict[str, None] = {}
         try:
-            time.sleep(self.seconds)
-            if name != "locked database":  # it would wait for as long as that is locked
-                self.report.health[name] = self._health(url)
+            while (left_s := until - time.monotonic()) > 0:
+                time.sleep(min(left_s, self.seconds / 10))
+                if name != "locked database":  # it would wait for as long as that is locked
+                    said[self._health(url)] = None
         finally:
             end()
+        self.report.health[name] = " | ".join(one for one in said if one != "ok") or "ok"
         time.sleep(min(0.1 * self.seconds, 1.0))
 
     def _health(self, url: str) -> str:

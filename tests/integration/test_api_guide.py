@@ -27,6 +27,7 @@ BATCH_FIELDS = [
     "estimate",
     "deduplicated",
     "pause_reason",
+    "paused",
     "webhook",
     "provenance",
     "input_file_id",
@@ -79,7 +80,7 @@ def test_submission_with_requests(api: Api) -> None:
     assert TIME.fullmatch(batch["created_at"])
     created_at = datetime.fromisoformat(batch["created_at"]).replace(tzinfo=UTC)
     assert abs(datetime.now(UTC) - created_at) < timedelta(minutes=10)
-    unset = {*BATCH_FIELDS[5:11], "pause_reason", "webhook", "provenance", "usage"}
+    unset = {*BATCH_FIELDS[5:11], "pause_reason", "paused", "webhook", "provenance", "usage"}
     assert {name for name in batch if batch[name] is None} == unset
     estimate = batch["estimate"]
     completion = datetime.strptime(estimate.pop("estimated_completion"), "%Y-%m-%dT%H:%M:%S%z")

@@ -22,7 +22,7 @@ from integration.api_fixtures import Api, ServerProcess, input_file
 def test_health(api: Api) -> None:
     assert api.get("/livez").json()["status"] == "ok"
     ready = {"database": "ok", "disk": "ok"}
-    working = ready | {"worker": "ok", "engine": "ok"}
+    working = ready | {"worker": "ok", "engine": "ok", "registry": "ok", "batches": "ok"}
     for path, checks in (("/readyz", ready), ("/health", working)):
         answer = api.get(path)
         assert answer.status_code == 200

@@ -11,6 +11,7 @@ import pytest
 
 from batch_app.background import BackgroundThread
 from batch_app.core import BatchStatus
+from batch_app.failure_policy import MAX_UNKNOWN
 from batch_app.validation import LEASE_S, Validation
 from support.sdk import CHAT, jsonl, lines
 from support.stories import Crash, World
@@ -120,13 +121,50 @@ def test_a_long_check_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPa
     assert get(world, batch_id)["status"] == "in_progress"
 
 
-def test_input_bytes_that_are_gone_fail_the_batch(world: World) -> None:
+def test_input_bytes_that_are_gone_are_waited_for(world: World) -> None:
+    batch_id = create(world)
+    path = world.data.input_file(get(world, batch_id)["input_file_id"])
+    kept = path.rename(path.with_suffix(".kept"))
+    with pytest.raises(FileNotFoundError, match="not where they belong"):
+        world.validate()
+    batch = get(world, batch_id)
+    assert (batch["status"], batch["paused"]["kind"]) == ("validating", "disk")
+    assert not world.validate(), "not before its time"
+    kept.rename(path)
+    world.pass_time(2)
+    assert world.validate()
+    assert get(world, batch_id)["status"] == "in_progress"
+
+
+def test_a_check_that_is_impossible_ends_with_the_completion_window(world: World) -> None:
     batch_id = create(world)
     world.data.input_file(get(world, batch_id)["input_file_id"]).unlink()
-    world.validate()
+    world.pass_time(25 * 3600)
+    with pytest.raises(FileNotFoundError):
+        world.validate()
     batch = get(world, batch_id)
     assert batch["status"] == "failed"
-    assert batch["errors"]["data"][0]["code"] == "empty_file"
+    assert "upload the file again" in batch["errors"]["data"][0]["message"]
+
+
+def test_a_defect_fails_a_check_after_five_pauses(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("a prompt, perhaps")
+
+    monkeypatch.setattr("batch_app.validation.index_file", broken)
+    batch_id = create(world)
+    for _ in range(MAX_UNKNOWN + 1):
+        assert get(world, batch_id)["status"] == "validating"
+        with pytest.raises(KeyError):
+            world.validate()
+        world.pass_time(60)
+    failed = get(world, batch_id)
+    assert failed["status"] == "failed"
+    message = failed["errors"]["data"][0]["message"]
+    assert message.startswith("Internal error (KeyError, test_background_work.py:")
+    assert f"vllm-batch retry {batch_id}" in message
 
 
 def test_a_defect_does_not_end_the_thread(caplog: pytest.LogCaptureFixture) -> None:

@@ -110,6 +110,11 @@ def dies(*_: object) -> None:
     raise Crash
 
 
+def fails(*_: object) -> None:
+    """For a request: the end of it is enough."""
+    raise RuntimeError
+
+
 @pytest.mark.parametrize("which", ["input_file_id", "output_file_id", "error_file_id"])
 def test_a_crash_before_the_bytes_of_a_deleted_file_are_gone(
     world: World, monkeypatch: pytest.MonkeyPatch, which: str
@@ -117,7 +122,7 @@ def test_a_crash_before_the_bytes_of_a_deleted_file_are_gone(
     batch = finished(world)
     everything = set(leftovers(world.data))
     with monkeypatch.context() as patch:
-        patch.setattr("batch_app.routes.openai_files.remove_bytes", dies)
+        patch.setattr("batch_app.routes.openai_files.remove_bytes", fails)
         assert world.client.delete(f"/v1/files/{batch[which]}").status_code == 500
     assert world.client.get(f"/v1/files/{batch[which]}").status_code == 404
     assert set(leftovers(world.data)) == everything
@@ -153,7 +158,7 @@ def test_a_crash_before_the_parts_of_a_cancelled_upload_are_gone(
     for upload_id in (ended, pending):
         world.client.post(f"/v1/uploads/{upload_id}/parts", files={"data": b"abcd"})
     with monkeypatch.context() as patch:
-        patch.setattr("batch_app.routes.openai_files.remove_upload", dies)
+        patch.setattr("batch_app.routes.openai_files.remove_upload", fails)
         assert world.client.post(f"/v1/uploads/{ended}/cancel").status_code == 500
     assert world.data.upload_dir(ended).exists()
     world.keep_house()
