@@ -49,7 +49,11 @@ from batch_app.failure_policy import Decide, Fail, Pause, decide, to_paused
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.lease import HeldLease
+<<<<<<< HEAD
 from batch_app.machine import host_identity, process_lives, this_machine
+=======
+from batch_app.machine import Machine, this_machine
+>>>>>>> gpu-core
 from batch_app.objects import open_objects
 from batch_app.orphans import remove_orphans
 from batch_app.pause_watch import PauseWatch
@@ -451,12 +455,16 @@ def _print_banner(settings: Settings) -> None:
     logs.say("\n".join(lines), as_json="The worker has started and waits for batches.")
 
 
+def niceness(machine: Machine) -> int:
+    """How much nicer than others the worker is, and with it the engine."""
+    return NICENESS_ON_CPU if machine.device_type == "cpu" else 0
+
+
 def run_worker(settings: Settings) -> int:
     """Run a worker in this process until a signal ends it. Returns the exit code."""
     logs.set_up(settings.log_format)
-    if this_machine().device_type == "cpu":
-        with contextlib.suppress(OSError):
-            os.nice(NICENESS_ON_CPU)
+    with contextlib.suppress(OSError):
+        os.nice(niceness(this_machine()))
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
