@@ -49,11 +49,7 @@ from batch_app.failure_policy import Decide, Fail, Pause, decide, to_paused
 from batch_app.files import DataDir, new_id, remove_tree
 from batch_app.finalize import CANCELLED, Published, Unfinished
 from batch_app.lease import HeldLease
-<<<<<<< HEAD
-from batch_app.machine import host_identity, process_lives, this_machine
-=======
-from batch_app.machine import Machine, this_machine
->>>>>>> gpu-core
+from batch_app.machine import Machine, host_identity, process_lives, this_machine
 from batch_app.objects import open_objects
 from batch_app.orphans import remove_orphans
 from batch_app.pause_watch import PauseWatch

@@ -108,11 +108,7 @@ def test_a_spawned_core_says_why_it_cannot_load(
         )
     )
     with pytest.raises(
-<<<<<<< HEAD
-        EngineLoadError, match=r"model 'broken' could not be loaded: ValueError: .*weights"
-=======
         EngineLoadError, match=r"'broken' could not be loaded: ValueError: .*weights"
->>>>>>> gpu-core
     ):
         engine.load()
 
