@@ -47,15 +47,10 @@ def check_answers(options: Options, note: Note) -> str:
             max_num_batched_tokens=info.max_num_batched_tokens,
             kv_cache_tokens=info.kv_cache_tokens,
         )
-        started = time.monotonic()
-        asked, outcomes, verdicts = _ask(engine, num, note, deadline=deadline, is_demo=is_demo)
-        seconds = time.monotonic() - started
-        note(
-            num_requests=num,
-            seconds=round(seconds, 1),
-            requests_per_s=round(num / seconds, 1),
-            **verdicts.figures(),
+        asked, outcomes, verdicts, rate = _ask(
+            engine, num, note, deadline=deadline, is_demo=is_demo
         )
+        note(num_requests=num, requests_per_s=round(rate, 1), **verdicts.figures())
     _raise_if_wrong(verdicts)
     greedy = [one for one in asked if one.kind is Kind.GREEDY][:_MOST_COMPARED]
     reference = call(
@@ -73,15 +68,17 @@ def check_answers(options: Options, note: Note) -> str:
     )
     same = _compare(greedy, outcomes, reference["texts"], note)
     return (
-        f"{num:,} requests right, {num / seconds:,.0f} requests/s, counters equal usage, "
+        f"{num:,} requests right, {rate:,.0f} requests/s, counters equal usage, "
         f"{same:.1%} of {len(greedy):,} greedy answers as LLM.chat, loaded in {info.load_s:.1f} s"
     )
 
 
 def _ask(
     engine: LoadedEngine, num: int, note: Note, *, deadline: float, is_demo: bool
-) -> tuple[list[Question], dict[int, Outcome], Verdicts]:
+) -> tuple[list[Question], dict[int, Outcome], Verdicts, float]:
     """Ask in three parts, with aborts in the second: what was aborted is counted, but has no usage.
+
+    The last value is how many requests the engine answers per second in the other parts.
 
     Raises StepFailed where the counters aren't the sum of usage.
     """
@@ -90,7 +87,7 @@ def _ask(
     asked: list[Question] = []
     outcomes: dict[int, Outcome] = {}
     verdicts = Verdicts()
-    counted, used = [], []
+    counted, used, seconds = [], [], 0.0
     for part, size in enumerate((half, with_aborts, num - with_aborts - half)):
         fresh = questions(size, _SEED + part, first=len(asked))
         left_s = deadline - time.monotonic()
@@ -98,7 +95,9 @@ def _ask(
         if part == 1:
             found = _with_aborts(engine, fresh, note, timeout_s=left_s)
         else:
+            started = time.monotonic()
             found = engine.answer((one.request for one in fresh), timeout_s=left_s)
+            seconds += time.monotonic() - started
         new = check(fresh, found, is_demo=is_demo)
         if part != 1:
             after = engine.tokens()
@@ -110,7 +109,7 @@ def _ask(
     note(tokens_counted=counted, tokens_of_usage=used)
     if not verdicts.wrong and counted != used:
         raise StepFailed(f"the engine counted {counted} prompt and completion tokens, usage {used}")
-    return asked, outcomes, verdicts
+    return asked, outcomes, verdicts, (num - with_aborts) / seconds
 
 
 def _with_aborts(
