@@ -3,7 +3,7 @@
 A fork saves a second import of vLLM, which takes several seconds, but CUDA doesn't survive it: once
 the driver is initialized, a forked process can't use the GPU. On WSL, NVML doesn't survive a fork
 either, and importing vLLM initializes that.
-docs/decisions/0018-when-the-engine-core-is-spawned.md.
+docs/decisions/0019-when-the-engine-core-is-spawned.md.
 """
 
 from __future__ import annotations
