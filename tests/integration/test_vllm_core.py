@@ -22,7 +22,7 @@ from batch_app.errors import EngineDied, EngineLoadError
 from contract.engine_conformance import EngineConformance, chat, collect_all, run
 from integration.conftest import DEMO_MODEL, demo_spec
 from support.network import network_of
-from support.site import REPO
+from support.site import REPO, engine_core
 from support.waiting import wait_for
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -31,8 +31,8 @@ CHILD = "batch_app.engine.vllm_core_child"
 
 
 def core_of(engine: EngineHost) -> psutil.Process:
-    (core,) = psutil.Process(engine.pid).children()
-    return core
+    assert engine.pid is not None
+    return engine_core(engine.pid)
 
 
 def said(body: bytes) -> str:
@@ -312,7 +312,7 @@ def test_several_processes_end_with_an_engine_that_was_killed(parallel: EngineHo
 def test_a_process_of_several_that_dies_is_an_engine_that_died(parallel: EngineHost) -> None:
     parallel.submit([chat(0, max_tokens=400, ignore_eos=True)])
     parallel.collect(0.1)
-    worker = psutil.Process(parallel.pid).children()[0].children()[-1]
+    worker = core_of(parallel).children()[-1]
     worker.kill()
     with pytest.raises(EngineDied):
         collect_all(parallel, [0])

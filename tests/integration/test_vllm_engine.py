@@ -37,6 +37,7 @@ from contract.engine_conformance import (
 )
 from integration.beside_vllm import Answers, Questions, ask_vllms_server, without_ids
 from integration.conftest import DEMO_MODEL, demo_spec
+from support.site import engine_core
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -444,8 +445,7 @@ def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
     engine.load()
     _check_that_nothing_said_is_logged(engine, tmp_path / "engine.log")
     preparing = psutil.Process(engine.pid)
-    # Before it, the one that tries constraints was forked.
-    *_, core = sorted(preparing.children(), key=psutil.Process.create_time)
+    core = engine_core(preparing.pid)
     assert preparing.nice() > core.nice()  # where it steps, nobody who prepares is in its way
     engine.submit([chat(0, max_tokens=1900, ignore_eos=True)])
     engine.collect(0.5)

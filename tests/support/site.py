@@ -242,6 +242,12 @@ def engine_pid(worker_pid: int, timeout_s: float = PATIENCE_S) -> int:
     return found
 
 
+def engine_core(engine_pid: int) -> psutil.Process:
+    """The core of an engine process: what it started last, after the one that tries constraints."""
+    children = psutil.Process(engine_pid).children()
+    return max(children, key=lambda child: (child.create_time(), child.pid))
+
+
 def kill_tree(pid: int) -> None:
     """SIGKILL a process and all that it started."""
     try:
