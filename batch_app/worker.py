@@ -255,6 +255,10 @@ class Worker:
         current = batch
         with contextlib.suppress(BatchAppError):  # it has told its progress since it was claimed
             current = self._store.get_batch(batch.id)
+        try:
+            self._data.require_present()
+        except StorageLost as lost:  # whatever came of it
+            error = lost
         decision = self._runner.decide(error, current, self._runner.model)
         is_defect = isinstance(decision, Fail) or decision.kind is PauseKind.INTERNAL
         if is_defect:
