@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -29,6 +30,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 # Before anything of the hub's is imported, which looks at it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Some library of an engine's raises the root's level, and would silence our warnings.
+logging.getLogger("batch_app").setLevel(logging.WARNING)
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that is started from here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -154,14 +154,21 @@ def test_a_batch_whose_requests_all_fail_is_completed(sdk: Sdk) -> None:
     assert_each_once(sdk, batch, ["r0", "r1", "r2"])
 
 
-def test_a_model_that_does_not_load_fails_its_batch_and_says_so(sdk: Sdk) -> None:
-    batch = sdk.run(lines(2, "unloadable"))
-    assert batch.status == "failed"
-    assert stamped(batch) == ["in_progress_at", "failed_at"]
-    assert batch.errors
-    assert batch.errors.data
-    assert [(error.code, error.line) for error in batch.errors.data] == [("batch_failed", None)]
-    assert batch.errors.data[0].message == "No such weights."
+def test_a_model_that_does_not_load_pauses_its_batch_and_says_so(sdk: Sdk) -> None:
+    created = sdk.create(lines(2, "unloadable"))
+    paused = wait_for(
+        lambda: getattr(sdk.client.batches.retrieve(created.id), "paused", None),
+        what="the batch is paused",
+    )
+    assert paused is not None
+    assert (paused["kind"], paused["reason"]) == ("registry", "No such weights.")
+    assert paused["retry_at"] is None  # until its registry entry changes
+    assert sdk.client.batches.retrieve(created.id).status == "in_progress"
+    # Others overtake it meanwhile.
+    assert sdk.run(lines(2)).status == "completed"
+    sdk.client.batches.cancel(created.id)
+    batch = sdk.wait(created.id)
+    assert batch.status == "cancelled"
     assert_each_once(sdk, batch, ["r0", "r1"])
 
 

@@ -176,7 +176,8 @@ def test_tables_that_lack_a_column_are_told_at_the_start(
     if version == "0001":
         for name in ("paused_at", "paused_by", "retry_at", "pause_kind", "pause_model"):
             change(new_database_url, f"ALTER TABLE batches DROP COLUMN {name}")
-        for name in ("pause_entry", "num_pauses"):
+        reasons = ("stop", "length", "tool_calls", "content_filter", "other")
+        for name in ("pause_entry", "num_pauses", *(f"finish_{reason}" for reason in reasons)):
             change(new_database_url, f"ALTER TABLE batches DROP COLUMN {name}")
         change(new_database_url, "UPDATE alembic_version SET version_num = '0001'")
     with pytest.raises(ConfigError, match=r"batches has no outlook.*--data-dir"):

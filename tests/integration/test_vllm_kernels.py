@@ -54,6 +54,7 @@ def test_the_kernels_are_for_what_is_not_compiled(
     config = SimpleNamespace(
         compilation_config=SimpleNamespace(mode=mode),
         kernel_config=SimpleNamespace(ir_op_priority=priorities),
+        parallel_config=SimpleNamespace(distributed_executor_backend="uni"),
     )
     vllm_kernels.prefer(config)
     assert priorities.rms_norm == taken
