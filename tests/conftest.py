@@ -31,14 +31,18 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 # Before anything of the hub's is imported, which looks at it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Some library of an engine's raises the root's level, and would silence our warnings.
-logging.getLogger("batch_app").setLevel(logging.WARNING)
-
 # What a shell starts in the background ignores Ctrl-C, and so would all that is started from here.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def usual_log_level() -> None:
+    """Some library of an engine's raises the root's, and would silence our warnings in later tests
+    of the same process."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
