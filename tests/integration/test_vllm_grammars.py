@@ -25,7 +25,7 @@ from integration.conftest import demo_spec
 from support.waiting import PATIENCE_S
 
 vllm_grammars.MAX_CPU_S = 1
-SLOW = {"structured_outputs": {"choice": ["x" * 505 + str(number) for number in range(127)]}}
+SLOW = {"structured_outputs": {"choice": ["x" * 505 + str(number) for number in range(1000)]}}
 SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
 PLAIN = {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}}
 #: Tried, as it has a pattern, and fast.
