@@ -19,6 +19,7 @@ from batch_app.constraints import (
     within_bytes,
 )
 from batch_app.core import Endpoint
+from batch_app.pooling_policy import EMBEDDINGS, RERANK, SCORE
 from batch_app.shapes import (
     BodyLimits,
     Check,
@@ -30,6 +31,7 @@ from batch_app.shapes import (
     empty,
     fields,
     image,
+    image_or_url,
     integer,
     kind,
     mapping,
@@ -186,21 +188,13 @@ _tool_call = record(
 )
 
 
-def _image_or_url(value: Any, name: str, limits: BodyLimits) -> None:
-    """vLLM takes the URL itself in place of the object around it."""
-    if isinstance(value, str):
-        image(value, name, limits)
-    else:
-        record(("url",), url=image, detail=text_up_to(16))(value, name, limits)
-
-
 _part = string_or(
     variants(
         text=record(("text",), type=text, text=text),
         image_url=record(
             ("image_url",),
             type=text,
-            image_url=_image_or_url,
+            image_url=image_or_url,
         ),
         refusal=record(("refusal",), type=text, refusal=text),
         thinking=record(("thinking",), type=text, thinking=text, closed=boolean),
@@ -396,64 +390,14 @@ _RESPONSES = _sampling | {
     "chat_template_kwargs": mapping(scalar, most=16),
 }
 
-_pooling: dict[str, Check] = {
-    "model": text,
-    "user": text,
-    "metadata": mapping(text_up_to(512), most=16),
-    "safety_identifier": text_up_to(512),
-    "truncate_prompt_tokens": integer,
-    "truncation_side": one_of("left", "right"),
-    "padding": one_of("max_length", "do_not_pad"),
-    "use_activation": boolean,
-    "cache_salt": text_up_to(128),
-}
-_EMBEDDINGS = _pooling | {
-    "input": texts,
-    # The other two formats aren't JSON.
-    "encoding_format": one_of("float", "base64"),
-    "embed_dtype": one_of("float32", "float16", "bfloat16", "fp8_e4m3", "fp8_e5m2"),
-    "endianness": one_of("native", "big", "little"),
-    "dimensions": integer,
-    "add_special_tokens": boolean,
-}
-
-
-def _scored(value: Any, name: str, limits: BodyLimits) -> None:
-    """A text, an object of content parts, or a list of these."""
-    one = string_or(
-        record(
-            ("content",),
-            content=array(
-                variants(
-                    text=record(("text",), type=text, text=text),
-                    image_url=record(("image_url",), type=text, image_url=_image_or_url),
-                )
-            ),
-        )
-    )
-    if isinstance(value, list):
-        array(one, setting="max_inputs")(value, name, limits)
-    else:
-        one(value, name, limits)
-
-
-_scoring = _pooling | {
-    "max_tokens_per_query": integer,
-    "max_tokens_per_doc": integer,
-    "instruction": text,
-    "chat_template_kwargs": mapping(scalar, most=16),
-    "documents": _scored,
-}
-
 #: By endpoint: the fields of the body that may be there, each with its check.
 ALLOWED: Mapping[str, Mapping[str, Check]] = {
     Endpoint.CHAT_COMPLETIONS.value: _CHAT,
     Endpoint.COMPLETIONS.value: _COMPLETIONS,
     Endpoint.RESPONSES.value: _RESPONSES,
-    Endpoint.EMBEDDINGS.value: _EMBEDDINGS,
-    Endpoint.SCORE.value: _scoring
-    | dict.fromkeys(("data_1", "data_2", "text_1", "text_2", "queries", "items"), _scored),
-    Endpoint.RERANK.value: _scoring | {"query": _scored, "top_n": integer},
+    Endpoint.EMBEDDINGS.value: EMBEDDINGS,
+    Endpoint.SCORE.value: SCORE,
+    Endpoint.RERANK.value: RERANK,
 }
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
     Endpoint.CHAT_COMPLETIONS.value: ("messages",),

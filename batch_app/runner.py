@@ -410,10 +410,8 @@ class _Run:
 
     def _finish(self, to: BatchStatus | None, message: str | None = None) -> None:
         runner, batch = self._runner, self._batch
-        unfinished = None
-        if to is BatchStatus.CANCELLED:
-            unfinished = CANCELLED
-        elif to is BatchStatus.EXPIRED:
+        unfinished = CANCELLED if to is BatchStatus.CANCELLED else None
+        if to is BatchStatus.EXPIRED:
             unfinished = EXPIRED
         elif to is BatchStatus.FAILED:
             unfinished = Unfinished("batch_failed", message or "The batch failed.")

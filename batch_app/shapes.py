@@ -349,6 +349,14 @@ def image(value: Any, name: str, limits: BodyLimits) -> None:
         )
 
 
+def image_or_url(value: Any, name: str, limits: BodyLimits) -> None:
+    """vLLM takes the URL itself in place of the object around it."""
+    if isinstance(value, str):
+        image(value, name, limits)
+    else:
+        record(("url",), url=image, detail=text_up_to(16))(value, name, limits)
+
+
 def is_address(host: str) -> bool:
     """Whether it is an IP address, in any spelling that some resolver takes for one."""
     last = host.rsplit(".", 1)[-1]
