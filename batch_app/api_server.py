@@ -137,8 +137,11 @@ class _Server(uvicorn.Server):
             uvicorn.config.logger.info("Uvicorn running on http://%s:%d", shown, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._services.stopping.set()
+        is_first = not self.should_exit
         super().handle_exit(sig, frame)
+        # Another signal may come within `set`, whose lock can't be taken twice.
+        if is_first:
+            self._services.stopping.set()
 
 
 def serve(settings: Settings) -> int:

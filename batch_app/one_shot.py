@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from batch_app import logs
 from batch_app.batch_log import failed_and_truncated
@@ -31,6 +29,7 @@ from batch_app.engine.slot import model_spec, network_for
 from batch_app.errors import BadRequest, Conflict
 from batch_app.files import DataDir, atomic_writer, move_durably, remove_tree
 from batch_app.registry import ModelEntry
+from batch_app.stop_signals import StopSignals
 
 EXIT_STOPPED = 130
 
@@ -183,23 +182,16 @@ def main(
     logs.say_on_stderr()
     stop = threading.Event()
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(EXIT_STOPPED)  # the engine process ends itself when its channel closes
+    def on_signal() -> None:
         stop.set()  # before it is said: who then signals once more is understood
         _tell("Stopping: finishing what is in flight. Once more to stop at once.")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, on_signal)
-    one_shot = OneShot(
-        source, output, entry=entry, settings=settings, overwrite=overwrite, stop=stop
-    )
-    try:
+    # At the second, the engine process ends itself: its channel closes.
+    with StopSignals(on_signal, exit_code=EXIT_STOPPED):
+        one_shot = OneShot(
+            source, output, entry=entry, settings=settings, overwrite=overwrite, stop=stop
+        )
         batch = one_shot.run()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     on_end(batch)
     progress = batch.progress
     if batch.status is BatchStatus.COMPLETED:

@@ -11,13 +11,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from types import FrameType
 
 import psutil
 
@@ -58,6 +56,7 @@ from batch_app.registry_watch import WatchedRegistry
 from batch_app.runner import Runner
 from batch_app.service import ServiceNotifier
 from batch_app.shared_files import remove_work, share_log
+from batch_app.stop_signals import StopSignals
 from batch_app.store import Store, WorkerRow
 from batch_app.wakeup import WakeupFile
 
@@ -467,21 +466,19 @@ def run_worker(settings: Settings) -> int:
         os.nice(niceness(this_machine()))
     stop = threading.Event()
 
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(EXIT_AT_ONCE)  # the engine process ends itself when its channel closes
+    def on_signal() -> None:
         stop.set()  # before it is said: who then signals once more is understood
         _say("Stopping: finishing what is in flight. Once more to stop at once.")
 
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    worker = Worker(settings, stop=stop)
-    _print_banner(settings)
-    for warning in floors.warnings(floors.WORKER_FLOORS):
-        logger.warning("%s", warning)
-    tracing.set_up(settings.otlp_endpoint, "vllm-batch-worker")
-    worker.run()
-    tracing.shut_down()
+    # At the second, the engine process ends itself: its channel closes.
+    with StopSignals(on_signal, exit_code=EXIT_AT_ONCE):
+        worker = Worker(settings, stop=stop)
+        _print_banner(settings)
+        for warning in floors.warnings(floors.WORKER_FLOORS):
+            logger.warning("%s", warning)
+        tracing.set_up(settings.otlp_endpoint, "vllm-batch-worker")
+        worker.run()
+        tracing.shut_down()
     _say("Stopped.")
     return 0
 
