@@ -95,7 +95,7 @@ def stages(copy: Path, broken: str, processes: int) -> Iterator[tuple[str, list[
         if imports.search(path.read_text(encoding="utf-8"))
     ]
     if near:
-        yield "near", [*near, "-m", "not long and not engine"]
+        yield "near", [*near, "-m", "not engine"]
     beside = ["-n", str(processes), "--dist", "loadgroup", "--no-loadscope-reorder"]
     yield "unit", ["tests/unit", *beside]
     yield "test", ["tests", "-m", "not long", *beside]
@@ -146,6 +146,8 @@ def first_failure(copy: Path, arguments: Sequence[str]) -> str | None:
         return "timeout"
     if process.returncode in (0, 5):  # 5: there is no such test
         return None
+    if process.returncode == 4:
+        raise SystemExit(f"pytest did not understand its arguments:\n{output[-2000:]}")
     found = _FAILED.search(output)
     return found.group(1) if found else f"pytest ended with {process.returncode}"
 
