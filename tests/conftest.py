@@ -13,6 +13,7 @@ import pytest
 pytest_plugins = [
     "integration.api_fixtures",
     "support.beside",
+    "support.tiers",
     "support.postgres",  # before those that import it
     "support.databases",
     "support.object_stores",

@@ -11,6 +11,8 @@ import pytest
 
 from acceptance.conftest import Running
 
+pytestmark = pytest.mark.long
+
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 
 

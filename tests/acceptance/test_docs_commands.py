@@ -22,6 +22,8 @@ from batch_app.cli.program import app
 from support.site import REPO, Site
 from support.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
 BLOCK = re.compile(r"(?:<!-- not run: ([^>]+) -->\n)?^```bash\n(.*?)^```", re.M | re.S)
 BATCH_ID = re.compile(r"\bbatch_[0-9a-f]{24}\b")

@@ -64,6 +64,7 @@ def lines(done: Result) -> dict[str, str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_the_demo_model_is_right_whatever_other_steps_do(monkeypatch: pytest.MonkeyPatch) -> None:
     every = list(short.short_steps(num_requests=60))

@@ -13,6 +13,8 @@ import pytest
 from acceptance.conftest import Running
 from support.site import REPO
 
+pytestmark = pytest.mark.long
+
 FOLDER = REPO / "examples"
 PROGRAMS = sorted([*FOLDER.glob("*.py"), *FOLDER.glob("*.sh")])
 

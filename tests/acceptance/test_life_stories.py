@@ -28,6 +28,8 @@ from batch_app.core import Batch, BatchStatus
 from support.sdk import CHAT, jsonl, line
 from support.stories import LEASE_S, Crash, World
 
+pytestmark = pytest.mark.long
+
 #: What the contract allows to be seen, one step after the other; not read from the code's table.
 NEXT = {
     "validating": {"failed", "in_progress", "cancelling"},

@@ -15,7 +15,10 @@ from support.site import ENDLESS
 from support.waiting import wait_for
 
 #: Of LiteLLM's own types, which it makes when it needs them first.
-pytestmark = pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class:UserWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:Item '.*' on TypedDict class:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -136,6 +136,7 @@ def assert_all_right(lines: list[dict[str, Any]], questions: list[dict[str, Any]
     assert wrong <= len(questions) // 100  # the model's own mistakes, if it makes any
 
 
+@pytest.mark.long
 def test_a_batch_survives_the_death_of_every_process(
     site: Site, server: Server, tmp_path: Path
 ) -> None:
@@ -291,6 +292,7 @@ def test_nobody_outside_reaches_what_the_engine_listens_on(site: Site, server: S
     assert not listening_in_network_of(os.getpid()).keys() & ours
 
 
+@pytest.mark.long
 def test_a_command_for_vllms_own_runner_gives_the_same_answers_in_the_same_form(
     tmp_path: Path,
 ) -> None:

@@ -17,6 +17,8 @@ from batch_app.errors import StorageFull, StoreUnavailable
 from integration.api_fixtures import Api
 from support.sdk import CHAT, FINISHED, Sdk, jsonl, lines
 
+pytestmark = pytest.mark.long
+
 NO_BATCH = "batch_" + "0" * 24
 
 

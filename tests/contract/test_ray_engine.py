@@ -21,6 +21,8 @@ from support.ray_cluster import RayNodes, ray_nodes
 from support.site import Site, assert_answers_echo, echo_line
 from support.waiting import wait_for
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
 #: A token takes a moment, so that there is a middle to cancel in.

@@ -9,6 +9,8 @@ import pytest
 
 from faults.outages import CannotMount, Outages
 
+pytestmark = pytest.mark.long
+
 
 def test_ten_batches_outlive_every_outage(tmp_path: Path) -> None:
     try:

@@ -22,13 +22,13 @@ SOURCES = Path(__file__).parents[2] / "batch_app"
     [
         (11, "kill", ""),
         (12, "crash point", "results-written"),
-        (13, "crash point", "published"),
-        (14, "crash point", "upload-moved"),
+        pytest.param(13, "crash point", "published", marks=pytest.mark.long),
+        pytest.param(14, "crash point", "upload-moved", marks=pytest.mark.long),
         (15, "failing call", ""),
-        (16, "failing call", ""),
-        (17, "registry", ""),
-        (18, "hub", ""),
-        (19, "remote server", ""),
+        pytest.param(16, "failing call", "", marks=pytest.mark.long),
+        pytest.param(17, "registry", "", marks=pytest.mark.long),
+        pytest.param(18, "hub", "", marks=pytest.mark.long),
+        pytest.param(19, "remote server", "", marks=pytest.mark.long),
     ],
 )
 def test_nothing_is_lost_or_doubled(tmp_path: Path, seed: int, kind: str, what: str) -> None:

@@ -26,6 +26,7 @@ from support.site import REPO, Site, kill_tree
 from support.waiting import wait_for
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.engine,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.timeout(1200),  # two engines load

@@ -152,6 +152,7 @@ def test_the_same_body_for_another_endpoint_asks_something_else(site: Site) -> N
     assert copies.refused == [2]
 
 
+@pytest.mark.long
 def test_what_kills_the_engine_is_not_tried_again_for_its_equals(site: Site) -> None:
     lines = [alike(n, n) for n in range(60)]
     for place in (10, 40):

@@ -87,6 +87,7 @@ def test_a_search_goes_on_after_its_worker_was_killed(site: Site) -> None:
     assert before >= 1
 
 
+@pytest.mark.long
 def test_an_engine_that_dies_of_everything_fails_the_batch(site: Site) -> None:
     batch_id = site.submit(lines(40, set(range(40))), "delicate")
     good = site.submit(lines(5, set()), "delicate")

@@ -43,6 +43,7 @@ def metric(url: str, name: str) -> float:
     )
 
 
+@pytest.mark.long
 def test_a_hung_engine_and_a_worker_that_is_gone(site: Site) -> None:
     url = site.start_server()
     worker = site.start_worker()

@@ -179,6 +179,7 @@ def test_all_good_results_of_a_log_from_before(api: Api) -> None:
     assert len(api.data.output_file(published.output.id).read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.parametrize("source", ["of our own", "shared"])
 def test_vllm_echoes_a_line_separator(tmp_path: Path, source: str) -> None:

@@ -75,6 +75,7 @@ def sites(postgres: PostgresServer, s3_environment: S3Server, tmp_path: Path) ->
         site.close()
 
 
+@pytest.mark.long
 def test_a_batch_outlives_the_machine_that_ran_it(sites: Sites) -> None:
     a, b = sites.a, sites.b
     url_a = a.start_server()
@@ -157,6 +158,7 @@ def test_a_store_that_is_away_holds_a_batch_up_and_nothing_is_lost(
     assert len([file for file in listed if file["purpose"] == "batch"]) == 1
 
 
+@pytest.mark.long
 def test_a_batch_is_cancelled_where_its_worker_is_not(sites: Sites) -> None:
     """Its machine is gone: a server elsewhere publishes what was copied."""
     a, b = sites.a, sites.b

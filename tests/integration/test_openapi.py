@@ -25,6 +25,8 @@ from schemathesis.specs.openapi.checks import (
 from support.sdk import CHAT, jsonl, line
 from support.stories import World
 
+pytestmark = pytest.mark.long
+
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

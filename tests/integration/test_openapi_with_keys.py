@@ -16,6 +16,8 @@ from batch_app.routes.authentication import is_open
 from integration.test_openapi import as_localhost, ask, modes, real
 from support.stories import World
 
+pytestmark = pytest.mark.long
+
 __all__ = ["real"]
 
 EXAMPLES = 6

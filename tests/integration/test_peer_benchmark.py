@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from support.site import REPO
+
+pytestmark = pytest.mark.long
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from support.ray_cluster import ray_nodes
 from support.site import Site
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import demo_tasks  # noqa: E402

@@ -87,6 +87,7 @@ def test_each_answer_is_counted_once_across_a_killed_worker(site: Site) -> None:
     assert [published.count("stop"), published.count("length")] == [200, 200]
 
 
+@pytest.mark.long
 @pytest.mark.engine
 def test_vllm_says_what_was_cut_off(site: Site) -> None:
     chat = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}

@@ -26,7 +26,7 @@ from support.network import network_of
 from support.site import REPO, engine_core
 from support.waiting import wait_for
 
-pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.long, pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 CHILD = "batch_app.engine.vllm_core_child"
 

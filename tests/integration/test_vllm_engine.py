@@ -315,6 +315,7 @@ SAME_POOLING: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
+@pytest.mark.long
 def test_embeddings_score_and_rerank_in_a_process_of_their_own(tmp_path: Path) -> None:
     spec = demo_spec(
         runner="pooling",
@@ -406,6 +407,7 @@ def test_an_engine_that_fails_is_dead(vllm_engine: VllmEngine) -> None:
     run(vllm_engine, chat(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_core_that_cannot_load_says_so_and_ends(method: StartMethod) -> None:
     asked: list[BaseException] = []
@@ -439,6 +441,7 @@ def test_a_core_that_is_never_told_what_to_load_ends(method: StartMethod) -> Non
     assert not process.is_running()
 
 
+@pytest.mark.long
 def test_the_core_of_an_engine_process(tmp_path: Path) -> None:
     """Its stacks are in the log when asked for; its violent death is told as what it was."""
     engine = EngineHost(demo_spec(), log_path=tmp_path / "engine.log")

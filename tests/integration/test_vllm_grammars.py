@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.long, pytest.mark.engine]
 
 #: Loads the demo model with a bound on the compiler that a small vocabulary can exceed.
 _PROGRAM = """

@@ -13,7 +13,7 @@ import pytest
 
 from integration.conftest import DEMO_MODEL
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.long, pytest.mark.engine]
 
 #: Loads a model whose template takes seconds for a prompt that says so, under a short limit.
 _PROGRAM = """
