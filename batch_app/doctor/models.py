@@ -22,12 +22,13 @@ from batch_app.engine.limits import GIB, LoweredLimits, table_limits
 from batch_app.engine.slot import model_spec
 from batch_app.errors import ConfigError
 from batch_app.floors import installed_version
+from batch_app.gguf import FIX_GGUF, gguf_problem
 from batch_app.machine import Machine
 from batch_app.model_server import ModelServer
 from batch_app.registry import ModelEntry
 
 ENGINES = ("vllm", "openai", "ray", "sim")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _LONGEST_HEADER_BYTES = 100 << 20
 #: vLLM's own default, and what the engine is told of a machine without a GPU.
 _UTILIZATION = 0.9
@@ -114,6 +115,9 @@ def _cluster(entry: ModelEntry) -> Iterator[Finding]:
 
 def _not_here(entry: ModelEntry) -> Finding:
     source = entry.source
+    problem = gguf_problem(source, [Path(source).name])
+    if problem is not None:
+        return fail("files", problem, FIX_GGUF)
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         return fail("files", f"there is no folder {source}", "correct `source` in the registry")
     token = "" if os.environ.get("HF_TOKEN") else "; models that ask for consent need HF_TOKEN"
@@ -125,12 +129,16 @@ def _not_here(entry: ModelEntry) -> Finding:
 
 
 def _files(entry: ModelEntry, folder: Path, machine: Machine) -> Iterator[Finding]:
+    problem = gguf_problem(str(folder), [path.name for path in folder.glob("*")])
+    if problem is not None:
+        yield fail("files", problem, FIX_GGUF)
+        return
     try:
         config = orjson.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
     except FileNotFoundError:
-        if (folder / "params.json").is_file() or any(folder.glob("*.gguf")):
+        if (folder / "params.json").is_file():
             yield ok("files", f"{folder}, in a format that isn't looked into here")
         else:
             yield fail(
