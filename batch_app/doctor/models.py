@@ -18,7 +18,14 @@ from batch_app.counting.prompts import Prompt
 from batch_app.counting.tokenizer import ModelTokenizer, Unusable
 from batch_app.datasheets import local_folder, size_of
 from batch_app.doctor.finding import Finding, State, fail, ok, size, warn, worst
-from batch_app.engine.limits import GIB, LoweredLimits, table_limits
+from batch_app.doctor.memory import (
+    FEWEST_TOKENS,
+    OVERHEAD_BYTES,
+    cache_tokens,
+    cpu_cache_bytes,
+    gpu_budget,
+)
+from batch_app.engine.limits import LoweredLimits, table_limits
 from batch_app.engine.slot import model_spec
 from batch_app.errors import ConfigError
 from batch_app.floors import installed_version
@@ -30,13 +37,6 @@ from batch_app.registry import ModelEntry
 ENGINES = ("vllm", "openai", "ray", "sim")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _LONGEST_HEADER_BYTES = 100 << 20
-#: vLLM's own default, and what the engine is told of a machine without a GPU.
-_UTILIZATION = 0.9
-_CPU_CACHE_GIB = 1
-#: What a loaded model needs beside weights and cache: activations, graphs, the libraries.
-_OVERHEAD_BYTES = GIB
-#: With room for fewer a model is of little use.
-_FEWEST_TOKENS = 1024
 _FROM_HUB = "check its id and `revision` in the registry, and that the machine reaches the hub"
 
 
@@ -275,10 +275,9 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
     arguments = {name.replace("-", "_"): value for name, value in entry.engine_args.items()}
     needs = f"{size(model.weight_bytes)} of weights"
     if machine.device_type == "cpu":
-        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
-        cache = (int(space) if space.isdecimal() else _CPU_CACHE_GIB) * GIB
+        cache = cpu_cache_bytes()
         free = psutil.virtual_memory().available
-        if model.weight_bytes + cache + _OVERHEAD_BYTES > total:
+        if model.weight_bytes + cache + OVERHEAD_BYTES > total:
             return fail(
                 "memory",
                 f"{needs} and {size(cache)} of cache don't fit in {size(total)}",
@@ -291,15 +290,10 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
                 "end what else uses the memory",
             )
         return ok("memory", f"{needs}, {size(cache)} of cache, of {size(free)} free")
-    devices = _number(arguments, "tensor_parallel_size") * _number(
-        arguments, "pipeline_parallel_size"
-    )
-    share = arguments.get("gpu_memory_utilization", _UTILIZATION)
-    budget = total * devices * (share if isinstance(share, int | float) else _UTILIZATION)
-    left = budget - model.weight_bytes - _OVERHEAD_BYTES * devices
-    place = f"{size(budget)} ({share:.0%} of {devices} × {size(total)})"
-    tokens = int(left / model.kv_bytes_per_token) if model.kv_bytes_per_token else 0
-    if tokens < _FEWEST_TOKENS:
+    budget = gpu_budget(total, arguments)
+    place = f"{size(budget.num_bytes)} ({budget.share:.0%} of {budget.devices} × {size(total)})"
+    tokens = cache_tokens(model, machine, arguments) or 0
+    if tokens < FEWEST_TOKENS:
         return fail(
             "memory",
             f"{needs} and a cache don't fit in {place}",
@@ -311,14 +305,9 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
             "memory",
             f"{needs} leave room for about {tokens:,} tokens in {place}, less than one request of "
             f"max_model_len {entry.max_model_len:,}",
-            f"max_model_len = {tokens // _FEWEST_TOKENS * _FEWEST_TOKENS} in the registry",
+            f"max_model_len = {tokens // FEWEST_TOKENS * FEWEST_TOKENS} in the registry",
         )
     return ok("memory", f"{needs}, and room for about {tokens:,} tokens of cache, in {place}")
-
-
-def _number(arguments: Mapping[str, Any], name: str) -> int:
-    value = arguments.get(name, 1)
-    return value if isinstance(value, int) and value > 0 else 1
 
 
 def _arguments(
