@@ -15,7 +15,7 @@ from batch_app.cli.terminal import say, show_json
 from batch_app.errors import BadRequest
 
 if TYPE_CHECKING:
-    from batch_app.proposal.description import ModelDescription
+    from batch_app.model_description import ModelDescription
     from batch_app.proposal.entry import Proposal
     from batch_app.registry import ModelEntry
 
@@ -182,7 +182,7 @@ def _proposed(place: _Place, revision: str | None, arguments: dict[str, Any]) ->
 
 def _described(place: _Place, revision: str | None) -> ModelDescription:
     from batch_app.datasheets import local_folder
-    from batch_app.proposal.description import read_folder
+    from batch_app.model_description import read_folder
     from batch_app.proposal.hub import read_hub
     from batch_app.registry import ModelEntry
 

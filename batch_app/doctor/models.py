@@ -31,6 +31,7 @@ from batch_app.errors import ConfigError
 from batch_app.floors import installed_version
 from batch_app.gguf import FIX_GGUF, gguf_problem
 from batch_app.machine import Machine
+from batch_app.model_description import ModelDescription, read_template
 from batch_app.model_server import ModelServer
 from batch_app.registry import ModelEntry
 
@@ -151,6 +152,7 @@ def _files(entry: ModelEntry, folder: Path, machine: Machine) -> Iterator[Findin
     yield _weights(entry, folder)
     yield _config(entry, config)
     yield from _tokenizer(entry, folder)
+    yield from _reasoning(entry, folder, config)
     yield _memory(entry, machine)
 
 
@@ -265,6 +267,25 @@ def _tokenizer(entry: ModelEntry, folder: Path) -> Iterator[Finding]:
         )
     else:
         yield ok("tokenizer", "loads, with a chat template")
+
+
+def _reasoning(entry: ModelEntry, folder: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A model that reasons needs a parser, or its answers have the reasoning in their text."""
+    given = {name.replace("-", "_") for name in entry.engine_args}
+    if given & {"reasoning_parser", "chat_template"}:
+        return
+    model = ModelDescription(str(folder), config, read_template(folder), {})
+    if not model.thinks:
+        return
+    parser = model.reasoning_parser
+    yield warn(
+        "reasoning",
+        "its chat template has the model reason, but there is no reasoning_parser: the reasoning "
+        "(<think>…</think>) becomes part of the answers",
+        f'reasoning_parser = "{parser.name}" among its engine_args'
+        if parser is not None
+        else "choose one of vLLM's reasoning parsers: reasoning_parser among its engine_args",
+    )
 
 
 def _memory(entry: ModelEntry, machine: Machine) -> Finding:

@@ -10,9 +10,9 @@ from batch_app.datasheets import size_of_config
 from batch_app.doctor.finding import size
 from batch_app.doctor.memory import FEWEST_TOKENS, cache_tokens, cpu_cache_bytes
 from batch_app.machine import Machine
-from batch_app.proposal.description import ModelDescription
+from batch_app.model_description import ModelDescription
+from batch_app.parsers import tool_parser
 from batch_app.proposal.hub import consent
-from batch_app.proposal.parsers import reasoning_parser, tool_parser
 
 #: GPUs before Ampere compute with float16, but not with bfloat16.
 _WITHOUT_BFLOAT16 = ("V100", "T4", "P100", "P40", "RTX 2060", "RTX 2070", "RTX 2080", "GTX")
@@ -133,10 +133,7 @@ def _chat(model: ModelDescription, warnings: list[str]) -> Iterator[Value]:
         yield Value("tool_call_parser", None, "none is known for it: tool calls stay text")
     else:
         yield Value("tool_call_parser", None, "its chat template has no tools")
-    has_switch = model.switch is not None
-    reasoning = reasoning_parser(
-        model.model_type, model.template, thinks=model.thinks, switch=has_switch
-    )
+    reasoning = model.reasoning_parser
     if reasoning is not None:
         yield Value("reasoning_parser", reasoning.name, reasoning.reason)
     elif model.thinks:

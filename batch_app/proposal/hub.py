@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from batch_app.errors import BadRequest, Forbidden, NotFound, ServerUnreachable
-from batch_app.proposal.description import (
+from batch_app.model_description import (
     ModelDescription,
     check_formats,
     downloaded_bytes,

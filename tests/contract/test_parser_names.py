@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batch_app.proposal import parsers
+from batch_app import parsers
 
 
 def registered(package: str, variable: str) -> set[str]:

@@ -157,6 +157,19 @@ def test_without_a_tokenizer_or_a_template_it_runs_with_a_warning(folder: Path) 
     assert finding(looked_at(folder), "tokenizer").state is State.WARN
 
 
+def test_a_model_that_reasons_needs_a_parser(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{{ enable_thinking }}<think>"
+    )
+    found = finding(looked_at(folder), "reasoning")
+    assert (found.state, found.fix) == (
+        State.WARN,
+        'reasoning_parser = "qwen3" among its engine_args',
+    )
+    given = looked_at(folder, engine_args={"reasoning_parser": "qwen3"})
+    assert [one for one in given.findings if one.subject == "reasoning"] == []
+
+
 def sparse_weights(folder: Path, num_bytes: int) -> None:
     """A file of this length that takes no room."""
     head = json.dumps({"a": {"data_offsets": [0, num_bytes]}}).encode()

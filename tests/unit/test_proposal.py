@@ -10,7 +10,7 @@ import pytest
 
 from batch_app.errors import BadRequest
 from batch_app.machine import Machine
-from batch_app.proposal.description import ModelDescription, downloaded_bytes, read_folder
+from batch_app.model_description import ModelDescription, downloaded_bytes, read_folder
 from batch_app.proposal.entry import Proposal, propose
 
 GIB = 1 << 30

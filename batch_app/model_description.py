@@ -17,6 +17,7 @@ from batch_app.counting.tokenizer import chat_templates
 from batch_app.engine.fetch import PATTERNS
 from batch_app.errors import BadRequest
 from batch_app.gguf import FIX_GGUF, gguf_problem
+from batch_app.parsers import Parser, reasoning_parser
 
 SWITCHES = ("enable_thinking", "thinking")
 _WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -94,6 +95,16 @@ class ModelDescription:
         text = self.template or ""
         marks = ("<think>", "[THINK]", "<|channel|>analysis")
         return self.switch is not None or any(mark in text for mark in marks)
+
+    @property
+    def reasoning_parser(self) -> Parser | None:
+        """The parser that sets the reasoning apart; None for no reasoning, or an unknown kind."""
+        return reasoning_parser(
+            self.model_type,
+            self.template or "",
+            thinks=self.thinks,
+            switch=self.switch is not None,
+        )
 
 
 def read_folder(folder: Path) -> ModelDescription:
