@@ -69,15 +69,19 @@ def size_of(entry: ModelEntry) -> ModelSize | None:
     try:
         config = orjson.loads((folder / "config.json").read_bytes())
         weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    except (OSError, orjson.JSONDecodeError):
+        return None
+    return size_of_config(config, weight_bytes)
+
+
+def size_of_config(config: Mapping[str, Any], weight_bytes: int) -> ModelSize | None:
+    """Compute a model's size from its config.json; None for a kind that isn't known here.
+
+    `weight_bytes`: of the files of its weights; 0 to compute them too.
+    """
+    try:
         return _size(config, weight_bytes)
-    except (
-        OSError,
-        orjson.JSONDecodeError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ZeroDivisionError,
-    ):
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError):
         return None
 
 

@@ -81,21 +81,21 @@ class RegistryFile:
         # The file itself, where a link names it.
         self.path = path.resolve()
 
-    def add(self, entry: Mapping[str, Any]) -> None:
-        """Append an entry, whose fields are those of `ModelEntry`.
+    def check_names(self, names: Sequence[str]) -> None:
+        """Check that a new entry may have these names: its name and its aliases.
 
         Raises:
-            BadRequest: its name, or an alias, can't be one.
-            Conflict: that name, or an alias, is taken.
-            ConfigError: the file can't be read, written, or is laid out in a way that isn't known.
+            BadRequest: one can't be a name.
+            Conflict: one is taken.
+            ConfigError: the file can't be read.
         """
-        names = [entry["name"], *entry.get("aliases", ())]
+        self._check_names(names, _parsed(self._read(), self.path))
+
+    def _check_names(self, names: Sequence[str], before: Mapping[str, Any]) -> None:
         for name in names:
             checked_name(name)
         if len(set(names)) < len(names):
             raise BadRequest("A model's name and aliases must differ.", param="alias")
-        text = self._read()
-        before = _parsed(text, self.path)
         for known in before.get("model", ()):
             taken = {known.get("name"), *known.get("aliases", ())} & set(names)
             if taken:
@@ -105,6 +105,18 @@ class RegistryFile:
                     f"vllm-batch models remove {known.get('name')}",
                     code="model_exists",
                 )
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Append an entry, whose fields are those of `ModelEntry`.
+
+        Raises:
+            BadRequest: its name, or an alias, can't be one.
+            Conflict: that name, or an alias, is taken.
+            ConfigError: the file can't be read, written, or is laid out in a way that isn't known.
+        """
+        text = self._read()
+        before = _parsed(text, self.path)
+        self._check_names([entry["name"], *entry.get("aliases", ())], before)
         joint = "" if not text or text.endswith("\n\n") else "\n" if text.endswith("\n") else "\n\n"
         wanted = {**before, "model": [*before.get("model", ()), dict(entry)]}
         self._write(text, (text or f"{NEW_FILE}\n") + joint + entry_text(entry), wanted)

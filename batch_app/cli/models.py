@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from batch_app.cli.exit_codes import ExitCode
+from batch_app.cli.model_addition import RESTART, add, facts
 from batch_app.cli.options import DataFolder, Json, Models
 from batch_app.cli.remote import ApiKey, Server, connected
 from batch_app.cli.terminal import say, show, show_findings, show_json, show_table
-from batch_app.errors import BadRequest, Conflict
+from batch_app.errors import Conflict
 
 if TYPE_CHECKING:
     from batch_app.config import Settings
@@ -22,13 +22,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="List, check, add and remove models.", no_args_is_help=True)
 
 MAX_LOOKED_AT = 10_000
-RESTART = "Start the API server again, so that it knows. (The worker looks by itself.)"
-
-
-class Engine(StrEnum):
-    VLLM = "vllm"
-    RAY = "ray"
-    SIM = "sim"
 
 
 def completed_names(incomplete: str) -> list[str]:
@@ -60,12 +53,13 @@ def list_models(
         return
     settings, registry = _registry(models)
     if as_json:
-        show_json([_facts(entry) for entry in registry.entries])
+        show_json([facts(entry) for entry in registry.entries])
     elif registry.entries:
         columns = ("model", "engine", "source", "here", "context", "aliases")
         show_table(columns, [_row(entry, settings.models) for entry in registry.entries])
     else:
-        say(f"There are no models in {settings.models}. Add one: vllm-batch models add NAME")
+        say(f"There are no models in {settings.models}.")
+        say("Add one: vllm-batch models add HUB_ID_OR_FOLDER")
 
 
 def _list_of_server(server: str, api_key: str | None, as_json: bool) -> None:
@@ -134,89 +128,7 @@ def check(
         raise typer.Exit(ExitCode.UNWELL)
 
 
-@app.command()
-def add(
-    name: Annotated[str, typer.Argument(help="What requests will call it.")],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source", help="Its id on the model hub, as ORGANISATION/NAME.", show_default="NAME"
-        ),
-    ] = None,
-    path: Annotated[
-        Path | None,
-        typer.Option("--path", help="The folder of its files, instead.", show_default=False),
-    ] = None,
-    revision: Annotated[
-        str | None,
-        typer.Option(
-            help="Branch, tag or commit on the hub.", show_default="the hub's default branch"
-        ),
-    ] = None,
-    alias: Annotated[
-        list[str] | None, typer.Option("--alias", help="Another name; may be repeated.")
-    ] = None,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--engine-arg",
-            "-e",
-            metavar="NAME=VALUE",
-            help="An argument by vLLM's own name, as max_model_len=8192; may be repeated.",
-        ),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the Python code that comes with the model."),
-    ] = False,
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="ray: replicas on a Ray cluster, as -e 'ray={\"max_replicas\": 8}' says; "
-            "sim: the simulated engine, which runs no model."
-        ),
-    ] = Engine.VLLM,
-    models: Models = None,
-    as_json: Json = False,
-) -> None:
-    """Add a model to the registry. The rest of the file stays as it is."""
-    from batch_app.config import load_settings
-    from batch_app.registry import ModelEntry
-    from batch_app.registry_file import RegistryFile, engine_argument
-
-    file = RegistryFile(load_settings(models=models).models)
-    if path is not None and source is not None:
-        raise typer.BadParameter("Give --source or --path, not both.")
-    entry: dict[str, Any] = {"name": name, "source": source or name}
-    if path is not None:
-        entry["source"] = _folder(path, file.path.parent)
-    elif engine is Engine.SIM:
-        entry["source"] = "sim"
-    if revision is not None:
-        entry["revision"] = revision
-    if alias:
-        entry["aliases"] = alias
-    if engine is not Engine.VLLM:
-        entry["engine"] = engine.value
-    if trust_remote_code:
-        entry["trust_remote_code"] = True
-    if engine_arg:
-        entry["engine_args"] = dict(engine_argument(text) for text in engine_arg)
-    file.add(entry)
-    say(f"✅ {name} is in {file.path}. {RESTART}")
-    say(f"   Could it run here? vllm-batch models check {name}")
-    if as_json:
-        show_json(_facts(ModelEntry.model_validate(entry)))
-
-
-def _folder(path: Path, base: Path) -> str:
-    """As the registry names it: relative to its own folder where it lies beneath."""
-    folder = path.expanduser().resolve()
-    if not folder.is_dir():
-        raise BadRequest(f"There is no folder {path}.", param="--path")
-    if not any((folder / name).is_file() for name in ("config.json", "params.json")):
-        raise BadRequest(f"{path} holds no model: it has no config.json.", param="--path")
-    return str(folder.relative_to(base)) if folder.is_relative_to(base) else str(folder)
+app.command()(add)
 
 
 @app.command()
@@ -248,7 +160,7 @@ def remove(
     if Path(entry.source).is_dir():
         say(f"   Its files are still in {entry.source}.")
     if as_json:
-        show_json(_facts(entry))
+        show_json(facts(entry))
 
 
 def _num_waiting(settings: Settings, entry: ModelEntry) -> int:
@@ -294,13 +206,6 @@ def _row(entry: ModelEntry, registry: Path) -> tuple[str, ...]:
         _count(entry.max_model_len),
         ", ".join(entry.aliases) or "-",
     )
-
-
-def _facts(entry: ModelEntry) -> dict[str, Any]:
-    from batch_app.datasheets import local_folder
-
-    folder = None if entry.engine == "sim" else local_folder(entry)
-    return {**entry.model_dump(mode="json"), "folder": str(folder) if folder else None}
 
 
 def _check_body(found: ModelCheck) -> dict[str, Any]:

@@ -144,3 +144,15 @@ def save(
     if written.num_truncated:
         unparsed += f" ({truncated_text(written.num_truncated)})"
     say(f"Results: {target} ({written.num_rows:,} rows{failed}{unparsed})")
+    if written.num_reasoning:
+        say(_reasoning_warning(written.num_reasoning, batch.model))
+
+
+def _reasoning_warning(num: int, model: str | None) -> str:
+    count = "1 answer contains" if num == 1 else f"{num:,} answers contain"
+    of = f" of {model}" if model else ""
+    return (
+        f"⚠️  {count} the model's reasoning (<think>…</think>) in the response column. To keep it "
+        f'out, add reasoning_parser = "…" to the engine_args{of} in models.toml and run the batch '
+        f"again. Which parser: vllm-batch models check {model or 'NAME'}"
+    )

@@ -37,12 +37,14 @@ Results = Callable[[], Iterator[Result]]
 @dataclass(frozen=True, slots=True)
 class Written:
     """What a table of answers has. `num_unparsed`: answers that are not a JSON object;
-    `num_truncated`: of these, answers that were cut off at `max_tokens`."""
+    `num_truncated`: of these, answers that were cut off at `max_tokens`; `num_reasoning`: answers
+    whose text has the model's reasoning."""
 
     num_rows: int
     num_failed: int
     num_unparsed: int
     num_truncated: int = 0
+    num_reasoning: int = 0
 
 
 def write_answers(
@@ -70,7 +72,7 @@ def write_answers(
     types: dict[str, type] = {names.of[name]: kind for name, kind in _RESULT_COLUMNS.items()}
     types |= dict(parsed.values())
     part = target.with_name(f".{target.name}.part")
-    num_rows = num_failed = num_unparsed = num_truncated = 0
+    num_rows = num_failed = num_unparsed = num_truncated = num_reasoning = 0
     try:
         with _writer(kind, part, columns, types, table) as write:
             for values, result in _pairs(results(), table, id_column):
@@ -79,12 +81,13 @@ def write_answers(
                 num_rows += 1
                 num_failed += answer.is_failed
                 num_unparsed += answer.is_unparsed
-                if answer.is_unparsed and result is not None:
-                    num_truncated += result.finish_reason == "length"
+                if result is not None:
+                    num_reasoning += result.has_reasoning
+                    num_truncated += answer.is_unparsed and result.finish_reason == "length"
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    return Written(num_rows, num_failed, num_unparsed, num_truncated)
+    return Written(num_rows, num_failed, num_unparsed, num_truncated, num_reasoning)
 
 
 class _Names:

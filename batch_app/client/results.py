@@ -15,6 +15,9 @@ from batch_app.client.connection import PAUSES_S, Connection
 from batch_app.core import is_success
 from batch_app.errors import BadRequest, BatchAppError, ServerUnreachable, StoreUnavailable
 
+#: How models mark their reasoning; many templates open the mark in the prompt, so that an answer
+#: has only its end.
+_REASONING_STARTS, _REASONING_ENDS = ("<think>", "[THINK]"), ("</think>", "[/THINK]")
 #: What a request's limit may be called, the one that counts first.
 _LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 #: What OpenAI's Responses API says, by the finish reason that the others have for it.
@@ -49,6 +52,14 @@ class Result:
     def text(self) -> str | None:
         """The (first) answer's text; None for a failure, or an endpoint that answers no text."""
         return _text(self.body) if self.ok and self.body else None
+
+    @property
+    def has_reasoning(self) -> bool:
+        """Whether the text has the model's reasoning, which a reasoning parser would set apart."""
+        text = self.text or ""
+        return text.lstrip().startswith(_REASONING_STARTS) or any(
+            mark in text for mark in _REASONING_ENDS
+        )
 
     @property
     def finish_reason(self) -> str | None:

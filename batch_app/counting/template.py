@@ -66,7 +66,8 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
         self._template = environment.from_string(text)
-        self._variables = meta.find_undeclared_variables(environment.parse(text))
+        #: The names that it reads from outside: `messages`, `tools`, `enable_thinking`, …
+        self.variables = frozenset(meta.find_undeclared_variables(environment.parse(text)))
         self._special_tokens = dict(special_tokens)
         self.wants_parts = _LOOPS_OVER_CONTENT.search(text) is not None
         self.knows_developer = '"developer"' in text or "'developer'" in text
@@ -81,7 +82,7 @@ class ChatTemplate:
         arguments: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. Raises jinja2.TemplateError and whatever a template may stumble on."""
-        given = {k: v for k, v in (arguments or {}).items() if k in self._variables}
+        given = {k: v for k, v in (arguments or {}).items() if k in self.variables}
         return self._template.render(
             {
                 **self._special_tokens,

@@ -99,6 +99,11 @@ class WordTokenizer:
         ]
 
 
+def chat_templates(folder: Path) -> dict[str, str]:
+    """Read a model's chat templates by name, `default` among them; empty if it has none."""
+    return _templates(folder, _read_json(folder / "tokenizer_config.json"), None)
+
+
 def _templates(folder: Path, config: Mapping[str, Any], given: str | None) -> dict[str, str]:
     """By name; `default` is the one that counts where none is for tools."""
     if given is not None:

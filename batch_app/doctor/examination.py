@@ -71,10 +71,12 @@ def examine(
     try:
         registry = ModelRegistry.load(settings.models)
     except ConfigError as error:
-        yield fail("models", error.message, "vllm-batch models add NAME makes one")
+        yield fail("models", error.message, "vllm-batch models add HUB_ID_OR_FOLDER makes one")
         return
     if not registry.entries:
-        yield fail("models", f"{settings.models} names none", "vllm-batch models add NAME")
+        yield fail(
+            "models", f"{settings.models} names none", "vllm-batch models add HUB_ID_OR_FOLDER"
+        )
     lowered = DataDir(settings.data_dir).lowered_limits_file
     for entry in registry.entries:
         check = check_model(entry, machine, lowered)

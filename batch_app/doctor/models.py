@@ -18,24 +18,26 @@ from batch_app.counting.prompts import Prompt
 from batch_app.counting.tokenizer import ModelTokenizer, Unusable
 from batch_app.datasheets import local_folder, size_of
 from batch_app.doctor.finding import Finding, State, fail, ok, size, warn, worst
-from batch_app.engine.limits import GIB, LoweredLimits, table_limits
+from batch_app.doctor.memory import (
+    FEWEST_TOKENS,
+    OVERHEAD_BYTES,
+    cache_tokens,
+    cpu_cache_bytes,
+    gpu_budget,
+)
+from batch_app.engine.limits import LoweredLimits, table_limits
 from batch_app.engine.slot import model_spec
 from batch_app.errors import ConfigError
 from batch_app.floors import installed_version
+from batch_app.gguf import FIX_GGUF, gguf_problem
 from batch_app.machine import Machine
+from batch_app.model_description import ModelDescription, read_template
 from batch_app.model_server import ModelServer
 from batch_app.registry import ModelEntry
 
 ENGINES = ("vllm", "openai", "ray", "sim")
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 _LONGEST_HEADER_BYTES = 100 << 20
-#: vLLM's own default, and what the engine is told of a machine without a GPU.
-_UTILIZATION = 0.9
-_CPU_CACHE_GIB = 1
-#: What a loaded model needs beside weights and cache: activations, graphs, the libraries.
-_OVERHEAD_BYTES = GIB
-#: With room for fewer a model is of little use.
-_FEWEST_TOKENS = 1024
 _FROM_HUB = "check its id and `revision` in the registry, and that the machine reaches the hub"
 
 
@@ -114,6 +116,9 @@ def _cluster(entry: ModelEntry) -> Iterator[Finding]:
 
 def _not_here(entry: ModelEntry) -> Finding:
     source = entry.source
+    problem = gguf_problem(source, [Path(source).name])
+    if problem is not None:
+        return fail("files", problem, FIX_GGUF)
     if source.startswith(("/", "./", "../", "~")) or source.count("/") > 1:
         return fail("files", f"there is no folder {source}", "correct `source` in the registry")
     token = "" if os.environ.get("HF_TOKEN") else "; models that ask for consent need HF_TOKEN"
@@ -125,12 +130,16 @@ def _not_here(entry: ModelEntry) -> Finding:
 
 
 def _files(entry: ModelEntry, folder: Path, machine: Machine) -> Iterator[Finding]:
+    problem = gguf_problem(str(folder), [path.name for path in folder.glob("*")])
+    if problem is not None:
+        yield fail("files", problem, FIX_GGUF)
+        return
     try:
         config = orjson.loads((folder / "config.json").read_bytes())
         if not isinstance(config, dict):
             raise ValueError("it is no JSON object")
     except FileNotFoundError:
-        if (folder / "params.json").is_file() or any(folder.glob("*.gguf")):
+        if (folder / "params.json").is_file():
             yield ok("files", f"{folder}, in a format that isn't looked into here")
         else:
             yield fail(
@@ -143,6 +152,7 @@ def _files(entry: ModelEntry, folder: Path, machine: Machine) -> Iterator[Findin
     yield _weights(entry, folder)
     yield _config(entry, config)
     yield from _tokenizer(entry, folder)
+    yield from _reasoning(entry, folder, config)
     yield _memory(entry, machine)
 
 
@@ -259,6 +269,25 @@ def _tokenizer(entry: ModelEntry, folder: Path) -> Iterator[Finding]:
         yield ok("tokenizer", "loads, with a chat template")
 
 
+def _reasoning(entry: ModelEntry, folder: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """A model that reasons needs a parser, or its answers have the reasoning in their text."""
+    given = {name.replace("-", "_") for name in entry.engine_args}
+    if given & {"reasoning_parser", "chat_template"}:
+        return
+    model = ModelDescription(str(folder), config, read_template(folder), {})
+    if not model.thinks:
+        return
+    parser = model.reasoning_parser
+    yield warn(
+        "reasoning",
+        "its chat template has the model reason, but there is no reasoning_parser: the reasoning "
+        "(<think>…</think>) becomes part of the answers",
+        f'reasoning_parser = "{parser.name}" among its engine_args'
+        if parser is not None
+        else "choose one of vLLM's reasoning parsers: reasoning_parser among its engine_args",
+    )
+
+
 def _memory(entry: ModelEntry, machine: Machine) -> Finding:
     model = size_of(entry)
     total = machine.memory_bytes
@@ -267,10 +296,9 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
     arguments = {name.replace("-", "_"): value for name, value in entry.engine_args.items()}
     needs = f"{size(model.weight_bytes)} of weights"
     if machine.device_type == "cpu":
-        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "")
-        cache = (int(space) if space.isdecimal() else _CPU_CACHE_GIB) * GIB
+        cache = cpu_cache_bytes()
         free = psutil.virtual_memory().available
-        if model.weight_bytes + cache + _OVERHEAD_BYTES > total:
+        if model.weight_bytes + cache + OVERHEAD_BYTES > total:
             return fail(
                 "memory",
                 f"{needs} and {size(cache)} of cache don't fit in {size(total)}",
@@ -283,15 +311,10 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
                 "end what else uses the memory",
             )
         return ok("memory", f"{needs}, {size(cache)} of cache, of {size(free)} free")
-    devices = _number(arguments, "tensor_parallel_size") * _number(
-        arguments, "pipeline_parallel_size"
-    )
-    share = arguments.get("gpu_memory_utilization", _UTILIZATION)
-    budget = total * devices * (share if isinstance(share, int | float) else _UTILIZATION)
-    left = budget - model.weight_bytes - _OVERHEAD_BYTES * devices
-    place = f"{size(budget)} ({share:.0%} of {devices} × {size(total)})"
-    tokens = int(left / model.kv_bytes_per_token) if model.kv_bytes_per_token else 0
-    if tokens < _FEWEST_TOKENS:
+    budget = gpu_budget(total, arguments)
+    place = f"{size(budget.num_bytes)} ({budget.share:.0%} of {budget.devices} × {size(total)})"
+    tokens = cache_tokens(model, machine, arguments) or 0
+    if tokens < FEWEST_TOKENS:
         return fail(
             "memory",
             f"{needs} and a cache don't fit in {place}",
@@ -303,14 +326,9 @@ def _memory(entry: ModelEntry, machine: Machine) -> Finding:
             "memory",
             f"{needs} leave room for about {tokens:,} tokens in {place}, less than one request of "
             f"max_model_len {entry.max_model_len:,}",
-            f"max_model_len = {tokens // _FEWEST_TOKENS * _FEWEST_TOKENS} in the registry",
+            f"max_model_len = {tokens // FEWEST_TOKENS * FEWEST_TOKENS} in the registry",
         )
     return ok("memory", f"{needs}, and room for about {tokens:,} tokens of cache, in {place}")
-
-
-def _number(arguments: Mapping[str, Any], name: str) -> int:
-    value = arguments.get(name, 1)
-    return value if isinstance(value, int) and value > 0 else 1
 
 
 def _arguments(

@@ -17,7 +17,7 @@ from batch_app.errors import EngineInterrupted, EngineLoadError, HubUnavailable,
 from batch_app.files import NO_ROOM
 
 #: What a model needs to run; other formats of the same weights are left out.
-_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 #: Exit codes of the process: the disk is full; there is no such model there; the hub doesn't give
 #: it to us. Everything else is taken for a hub that doesn't work at the moment.
 _FULL, _NOT_THERE, _REFUSED = 3, 4, 5
@@ -109,10 +109,10 @@ def _fetch(source: str, revision: str | None) -> str:
 
     try:
         return snapshot_download(
-            source, revision=revision, allow_patterns=_PATTERNS, local_files_only=True
+            source, revision=revision, allow_patterns=PATTERNS, local_files_only=True
         )
     except LocalEntryNotFoundError:
-        return snapshot_download(source, revision=revision, allow_patterns=_PATTERNS)
+        return snapshot_download(source, revision=revision, allow_patterns=PATTERNS)
 
 
 def _exit_code(error: BaseException) -> int:

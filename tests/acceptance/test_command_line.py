@@ -186,6 +186,15 @@ def test_mistakes_are_told_in_a_line_with_a_code(idle: Shell) -> None:
     assert (idle.folder / "there.jsonl").read_bytes() == b"precious"
 
 
+def test_reasoning_in_a_table_is_told(shell: Shell) -> None:
+    texts = ("<think>a</think>b", "so</think>c", "plain")
+    shell.file("in.csv", ("text\n" + "\n".join(texts) + "\n").encode())
+    said = shell("submit", "in.csv", "-m", "sim", "-t", "{text}", "-o", "out.csv")
+    assert said.code == 0, said.err
+    assert "2 answers contain the model's reasoning" in said.err
+    assert 'reasoning_parser = "…" to the engine_args of sim' in said.err
+
+
 def test_several_files_patterns_and_standard_input(shell: Shell) -> None:
     shell.file("a.jsonl", lines(2))
     shell.file("b.jsonl.gz", gzip.compress(jsonl(lines(3))))

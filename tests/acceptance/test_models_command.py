@@ -67,7 +67,17 @@ def test_a_server_s_models_are_listed(run: Run, waiting: Running) -> None:
 
 def test_added_checked_and_removed(run: Run, site: Site) -> None:
     before = site.settings.models.read_text()
-    said = run("add", "org/new", "--alias", "new", "-e", "max_model_len=4096", "--json")
+    said = run(
+        "add",
+        "org/new",
+        "--source",
+        "org/new",
+        "--alias",
+        "new",
+        "-e",
+        "max_model_len=4096",
+        "--json",
+    )
     assert said.exit_code == 0, said.output
     assert json.loads(said.stdout)["engine_args"] == {"max_model_len": 4096}
     assert "Start the API server again" in said.stderr
@@ -98,7 +108,7 @@ def test_refusals_change_nothing(run: Run, site: Site, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, code, expected in (
         (("add", "sim"), 6, "already"),
-        (("add", "../x"), 3, "can't be a model's name"),
+        (("add", "../x", "--source", "org/x"), 3, "can't be a model's name"),
         (("add", "x", "--alias", "demo"), 6, "already"),
         (("add", "x", "-e", "nonsense"), 3, "max_model_len=8192"),
         (("add", "x", "--path", str(tmp_path / "nowhere")), 3, "no folder"),

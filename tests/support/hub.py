@@ -16,12 +16,13 @@ from starlette.routing import Route
 
 from support.http_server import HttpServer
 
-Mood = Literal["well", "refusing", "hanging"]
+Mood = Literal["well", "refusing", "hanging", "gated"]
 
 
 @dataclass
 class HubStub(HttpServer):
-    """`files`: of every model, by name. `mood`: how it answers from now on. `paths`: what was asked
+    """`files`: of every model, by name. `mood`: how it answers from now on;
+    gated: files only for those with a token. `paths`: what was asked
     for. It refuses connections until `start`."""
 
     files: Mapping[str, bytes] = field(default_factory=lambda: {"config.json": b"{}"})
@@ -60,9 +61,16 @@ class HubStub(HttpServer):
         if (refusal := await self._refusal(request)) is not None:
             return refusal
         name = request.path_params["name"]
-        siblings = [{"rfilename": name} for name in self.files]
+        siblings = [{"rfilename": file, "size": len(self.files[file])} for file in self.files]
+        gated = "manual" if self.mood == "gated" else False
         return JSONResponse(
-            {"id": name, "modelId": name, "sha": self._commit, "siblings": siblings}
+            {
+                "id": name,
+                "modelId": name,
+                "sha": self._commit,
+                "siblings": siblings,
+                "gated": gated,
+            }
         )
 
     async def _tree(self, request: Request) -> Response:
@@ -78,6 +86,8 @@ class HubStub(HttpServer):
     async def _file(self, request: Request) -> Response:
         if (refusal := await self._refusal(request)) is not None:
             return refusal
+        if self.mood == "gated" and "authorization" not in request.headers:
+            return Response("Access is restricted", 401, {"x-error-code": "GatedRepo"})
         content = self.files.get(request.path_params["file"])
         if content is None:
             return Response("Entry not found", 404, {"x-error-code": "EntryNotFound"})

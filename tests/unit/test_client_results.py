@@ -56,6 +56,23 @@ def result(body: object, status: int = 200, custom_id: str = "r0") -> Result:
     return result_of(response_line("batch_1", 0, custom_id, status, orjson.dumps(body)))
 
 
+@pytest.mark.parametrize(
+    ("text", "num"),
+    [
+        ("<think>so</think>\n4", 1),
+        ("so</think>4", 1),  # the template opened it
+        ("\n<think>cut off", 1),
+        ("[THINK]so[/THINK]4", 1),
+        ("A tag such as <think> in the middle", 0),
+        ("4", 0),
+        (None, 0),
+    ],
+)
+def test_reasoning_in_answers_is_counted(tmp_path: Path, text: str | None, num: int) -> None:
+    answer = result({"choices": [{"message": {"content": text}}]})
+    assert write_answers(tmp_path / "out.csv", lambda: iter([answer])).num_reasoning == num
+
+
 @given(bodies, st.sampled_from([200, 400, 500]))
 def test_any_body_is_read(body: dict[str, Any], status: int) -> None:
     read = result(body, status)

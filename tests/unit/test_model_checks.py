@@ -70,6 +70,12 @@ def damaged(folder: Path, how: str) -> Mapping[str, Any]:
     elif how == "part is missing":
         index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif how == "gguf":
+        for path in (weights, folder / "config.json"):
+            path.unlink()
+        (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    elif how == "gguf beside a config":
+        weights.rename(folder / "model.gguf")
     elif how == "no config":
         (folder / "config.json").unlink()
     elif how == "torn config":
@@ -91,6 +97,8 @@ def damaged(folder: Path, how: str) -> Mapping[str, Any]:
         ("no weights", "files", "no weights"),
         ("link to nothing", "files", "lacks model.safetensors"),
         ("part is missing", "files", "lacks model-2.safetensors"),
+        ("gguf", "files", "GGUF file model-Q4_K_M.gguf, which vLLM can't load"),
+        ("gguf beside a config", "files", "GGUF file model.gguf, which vLLM can't load"),
         ("no config", "files", "no config.json"),
         ("torn config", "config", "can't be read"),
         ("torn tokenizer", "tokenizer", "tokenizer.json"),
@@ -104,6 +112,19 @@ def test_what_keeps_it_from_running(folder: Path, how: str, subject: str, said: 
     assert (found.state, check.state) == (State.FAIL, State.FAIL)
     assert said in found.message
     assert found.fix
+
+
+def test_gguf_has_its_own_advice(folder: Path) -> None:
+    fix = finding(looked_at(folder, **damaged(folder, "gguf")), "files").fix
+    assert "original repository" in fix
+    assert "convert" in fix
+    file = finding(looked_at(folder / "model-Q4_K_M.gguf"), "files")
+    assert (file.state, file.fix) == (State.FAIL, fix)
+
+
+def test_gguf_beside_safetensors_is_no_problem(folder: Path) -> None:
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    assert looked_at(folder).state is State.OK
 
 
 def test_what_is_not_here_is_fetched_or_a_mistake() -> None:
@@ -134,6 +155,19 @@ def test_without_a_tokenizer_or_a_template_it_runs_with_a_warning(folder: Path) 
     assert finding(given, "tokenizer").state is State.OK
     (folder / "tokenizer.json").unlink()
     assert finding(looked_at(folder), "tokenizer").state is State.WARN
+
+
+def test_a_model_that_reasons_needs_a_parser(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{{ enable_thinking }}<think>"
+    )
+    found = finding(looked_at(folder), "reasoning")
+    assert (found.state, found.fix) == (
+        State.WARN,
+        'reasoning_parser = "qwen3" among its engine_args',
+    )
+    given = looked_at(folder, engine_args={"reasoning_parser": "qwen3"})
+    assert [one for one in given.findings if one.subject == "reasoning"] == []
 
 
 def sparse_weights(folder: Path, num_bytes: int) -> None:

@@ -1,0 +1,1 @@
+"""Propose a registry entry for a model, from its small files, before any weights are downloaded."""
