@@ -35,6 +35,15 @@ def test_files_and_scripts_that_are_named_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_start_vllms_server_as_a_module(page: Path) -> None:
+    """`vllm serve` fails with PackageNotFoundError in an environment for CPUs.
+
+    Naming it is fine; giving it a model makes it a command.
+    """
+    assert re.findall(r"vllm serve [^\s`]+", page.read_text(encoding="utf-8")) == []
+
+
 def test_the_measured_figures_are_those_of_the_reports() -> None:
     page = markdown.PAGE.read_text(encoding="utf-8")
     section = markdown.render(markdown.load_reports(markdown.REPORTS))
