@@ -50,6 +50,9 @@ class BenchmarkConfig(_Part):
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     kv_cache_tokens: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    attention_backend: str | None = None
 
 
 class BenchmarkGroup(_Part):

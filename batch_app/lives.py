@@ -172,9 +172,10 @@ class Lives:
                     raise
         self.info = info
         if not loaded:
+            precision = "".join(f", {name} {value}" for name, value in info.precision.items())
             self._batch_log.write(
                 f"{entry.name} loaded in {info.load_s:.1f} s on {info.device} "
-                f"({info.engine} {info.engine_version}). Limits: {told(info)}."
+                f"({info.engine} {info.engine_version}{precision}). Limits: {told(info)}."
             )
         self._on_engine(entry, info)
         return engine, info

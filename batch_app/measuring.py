@@ -122,6 +122,7 @@ def benchmark_of(
             "max_num_seqs": info.max_num_seqs,
             "max_num_batched_tokens": info.max_num_batched_tokens,
             "kv_cache_tokens": info.kv_cache_tokens,
+            **info.precision,
         },
         timestamp=timestamp,
         recording=tally.recording,

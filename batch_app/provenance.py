@@ -37,6 +37,7 @@ def run_facts(
         "max_num_seqs": info.max_num_seqs,
         "max_num_batched_tokens": info.max_num_batched_tokens,
         "kv_cache_tokens": info.kv_cache_tokens,
+        **info.precision,
         "device": info.device,
         "device_type": info.device_type,
         "driver": machine.driver if info.device_type == "gpu" else None,

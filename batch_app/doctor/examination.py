@@ -116,7 +116,8 @@ def _loaded(
         subject,
         f"{name}: {took_s:.1f} s, {info.engine} {info.engine_version} on {info.device}: "
         f"{info.max_num_seqs:,} requests and {info.max_num_batched_tokens:,} tokens a step, "
-        f"{info.kv_cache_tokens or 0:,} tokens of cache",
+        f"{info.kv_cache_tokens or 0:,} tokens of cache"
+        + "".join(f", {fact} {value}" for fact, value in info.precision.items()),
     )
     if "/v1/completions" not in info.endpoints and info.engine == "vllm":
         return

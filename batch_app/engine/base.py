@@ -94,6 +94,11 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool | None = None
     enable_chunked_prefill: bool | None = None
+    #: As the engine resolved them: "bfloat16", "fp8" (None if the weights are not quantised) and
+    #: "FLASH_ATTN".
+    dtype: str | None = None
+    quantization: str | None = None
+    attention_backend: str | None = None
     endpoints: tuple[str, ...] = ()
     #: For `EngineLimits`, and for the log: where the two limits come from.
     least_batched_tokens: int = 512
@@ -102,6 +107,16 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     bounds_requests: bool = False
     #: More than one: the limits are the sum of theirs, and it wants to know what requests share.
     max_replicas: int = 1
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """Return the dtype, quantization and attention backend, without those not known."""
+        facts = {
+            "dtype": self.dtype,
+            "quantization": self.quantization,
+            "attention_backend": self.attention_backend,
+        }
+        return {name: value for name, value in facts.items() if value is not None}
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

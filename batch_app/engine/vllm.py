@@ -18,6 +18,8 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from batch_app.engine.base import (
     Engine,
     EngineInfo,
@@ -130,7 +132,8 @@ class VllmEngine(Engine):
         if not loop.run_until_complete(requests.prepare(ahead, client.loaded())):
             requests.forget_prepared()
             requests.app = loop.run_until_complete(OpenAIApp.create(client, args))
-        return self._info(setup, requests.app.endpoints, load_s=time.monotonic() - started)
+        info = self._info(setup, requests.app.endpoints, load_s=time.monotonic() - started)
+        return msgspec.structs.replace(info, attention_backend=client.attention_backend)
 
     def _info(self, setup: Setup, endpoints: tuple[str, ...], *, load_s: float) -> EngineInfo:
         config = setup.config
@@ -144,6 +147,8 @@ class VllmEngine(Engine):
             device=setup.tried.device,
             device_type="cpu" if setup.on_cpu else "gpu",
             load_s=load_s,
+            dtype=str(config.model_config.dtype).removeprefix("torch."),
+            quantization=config.model_config.quantization,
             max_model_len=config.model_config.max_model_len,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,

@@ -96,6 +96,7 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         self._process = process
         self._transport: asyncio.Transport | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.attention_backend: str | None = None
         self._core_loaded: asyncio.Future[CoreLoaded] | None = None
         self._supported_tasks = _likely_tasks(self.model_config)
         self._stats = EngineStats()
@@ -137,6 +138,7 @@ class CoreClient(EngineClient):  # type: ignore[misc]
         # As the core found or fitted them.
         self.vllm_config.cache_config.num_gpu_blocks = loaded.num_gpu_blocks
         self.model_config.max_model_len = loaded.max_model_len
+        self.attention_backend = loaded.attention_backend
         if not as_expected:
             self._supported_tasks = loaded.supported_tasks
             self.input_processor = InputProcessor(self.vllm_config, self.renderer)

@@ -148,7 +148,23 @@ class _Core:
             tuple(self.engine.get_supported_tasks()),
             self.vllm_config.cache_config.num_gpu_blocks,
             self.vllm_config.model_config.max_model_len,
+            self._attention_backend(),
         )
+
+    def _attention_backend(self) -> str | None:
+        """Return the names of the attention backends of the model's layers, as "CPU_ATTN".
+
+        None if the layers are in another process, as with tensor parallelism.
+        """
+        from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        names = {
+            layer.get_attn_backend().get_name()
+            for layer in layers
+            if isinstance(layer, AttentionLayerBase)
+        }
+        return ", ".join(sorted(names)) or None
 
     def run(self) -> None:
         """Step until the line ends. Raises whatever the engine raises."""

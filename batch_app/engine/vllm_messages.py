@@ -50,6 +50,7 @@ class CoreLoaded(NamedTuple):
     supported_tasks: tuple[Any, ...]
     num_gpu_blocks: int | None
     max_model_len: int
+    attention_backend: str | None
 
 
 class CoreLoadFailed(NamedTuple):

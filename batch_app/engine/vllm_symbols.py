@@ -93,7 +93,9 @@ SYMBOLS: tuple[Symbol, ...] = (
             "kernel_config: KernelConfig",
         ),
     ),
-    Symbol("ModelConfig", ("vllm.config",), ("max_model_len", "runner_type")),
+    Symbol(
+        "ModelConfig", ("vllm.config",), ("dtype", "max_model_len", "quantization", "runner_type")
+    ),
     Symbol(
         "CacheConfig",
         ("vllm.config",),
@@ -109,7 +111,14 @@ SYMBOLS: tuple[Symbol, ...] = (
         ("vllm.config",),
         ("_api_process_count", "distributed_executor_backend"),
     ),
-    Symbol("CompilationConfig", ("vllm.config",), ("mode: CompilationMode",)),
+    Symbol(
+        "CompilationConfig", ("vllm.config",), ("mode: CompilationMode", "static_forward_context")
+    ),
+    Symbol(
+        "AttentionLayerBase",
+        ("vllm.model_executor.layers.attention_layer_base",),
+        ("get_attn_backend()",),
+    ),
     Symbol("CompilationMode", ("vllm.config.compilation",), ("NONE",)),
     Symbol("KernelConfig", ("vllm.config.kernel",), ("ir_op_priority: IrOpPriorityConfig",)),
     Symbol("IrOpPriorityConfig", ("vllm.config.kernel",), ("rms_norm", "fused_add_rms_norm")),
