@@ -1,4 +1,4 @@
-"""How long an engine may be silent: its slow steps are no hang, and a hang is found all the same."""
+"""How long an engine may be silent: slow steps are no hang, and a real one is still found."""
 
 from __future__ import annotations
 
