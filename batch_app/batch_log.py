@@ -35,11 +35,17 @@ def _spell_out(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-def pace_text(finished_per_s: float, written_per_s: float) -> str:
+def pace_text(finished_per_s: float, written_per_s: float, prompt_tokens: int | None = None) -> str:
     """Tokens a second of the requests that were finished; where there were none, of the answers
-    that the engine is writing: long ones are no standstill."""
+    that the engine is writing: long ones are no standstill.
+
+    `prompt_tokens`: read since the engine started, where it has written nothing since then; else
+    None.
+    """
     if not finished_per_s and written_per_s > 0:
         return f"none finished, {written_per_s:,.0f} tokens/s being written."
+    if not finished_per_s and prompt_tokens is not None:
+        return f"reading prompts ({prompt_tokens:,} prompt tokens so far)."
     return f"{finished_per_s:,.0f} tokens/s."
 
 

@@ -377,7 +377,8 @@ class Settings(BaseSettings):
         300.0,
         gt=0,
         description="Seconds without any token progress, with requests in flight, after which "
-        "the engine is killed and started again.",
+        "the engine is killed and started again. Up to four times as long where a step of the "
+        "engine takes so long at the pace seen so far.",
     )
     engine_network: Literal["isolated", "host"] = Field(
         "isolated",

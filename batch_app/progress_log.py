@@ -21,8 +21,17 @@ class ProgressLog:
         self._at = 0.0
         self._tokens = self._written = 0
 
-    def tell(self, progress: Progress, *, num_in_flight: int, tokens: int, written: int) -> None:
-        """`tokens`: of the requests computed so far; `written`: of answers, as the engine counts.
+    def tell(
+        self,
+        progress: Progress,
+        *,
+        num_in_flight: int,
+        tokens: int,
+        written: int,
+        prompt_tokens: int = 0,
+    ) -> None:
+        """`tokens`: of the requests computed so far; `written`: of answers, as the engine counts;
+        `prompt_tokens`: of prompts, as it counts them.
 
         The first call writes nothing: it is what the first line's pace is counted from.
         """
@@ -38,7 +47,9 @@ class ProgressLog:
                 + (f"{truncated_text(progress.truncated)}, " if progress.truncated else "")
                 + f"{num_in_flight:,} in flight, "
                 + pace_text(
-                    (tokens - self._tokens) / passed_s, (written - self._written) / passed_s
+                    (tokens - self._tokens) / passed_s,
+                    (written - self._written) / passed_s,
+                    prompt_tokens if num_in_flight and not written else None,
                 )
             )
         self._tokens, self._at, self._written = tokens, now, written

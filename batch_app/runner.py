@@ -392,6 +392,7 @@ class _Run:
             num_in_flight=num_in_flight,
             tokens=self._tally.tokens.total_tokens,
             written=stats.generation_tokens_total,
+            prompt_tokens=stats.prompt_tokens_total,
         )
 
     # -- ending --------------------------------------------------------------------------------

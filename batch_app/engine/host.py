@@ -61,6 +61,10 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.2
 _DUMP_GRACE_S = 1.0
 _LOG_TAIL_BYTES = 4096
+#: The longest silence allowed, in steps of the size and pace seen so far; and in `hang_s`, so that
+#: a pace that is measured wrongly never hides an engine that hangs.
+_STEPS_ALLOWED = 3
+_MOST_HANG_LIMITS = 4
 NOT_ISOLATED = (
     "The engine has no network of its own (%s): where it listens on 127.0.0.1, every user of this "
     "machine can connect to it. Allow the worker network namespaces, or set engine_network=host "
@@ -107,6 +111,10 @@ class EngineHost(Engine):
         self._cancelled: dict[int, int] = {}
         self._num_cancels = self._num_heard_of = 0
         self._last_progress = 0.0
+        # Tokens that came, and the seconds of waiting for them: the pace of the longest step.
+        self._tokens = 0
+        self._computing_s = 0.0
+        self._raised = False
 
     @property
     def pid(self) -> int | None:
@@ -273,7 +281,11 @@ class EngineHost(Engine):
         if isinstance(message, Reading):
             is_sign_enough = self.info is not None and self.info.bounds_requests
             if is_sign_enough or _has_progressed(self._stats, message.stats):
-                self._last_progress = time.monotonic()
+                now = time.monotonic()
+                if self._in_flight:
+                    self._computing_s += now - self._last_progress
+                    self._tokens += _num_tokens(message.stats) - _num_tokens(self._stats)
+                self._last_progress = now
             self._stats = message.stats
         return message
 
@@ -310,6 +322,20 @@ class EngineHost(Engine):
         silent_s = time.monotonic() - self._last_progress
         if silent_s < self._hang_s:
             return
+        step_tokens = (self.info.max_num_batched_tokens if self.info else None) or 0
+        allowed_s = silence_allowed_s(self._hang_s, step_tokens, self._tokens, self._computing_s)
+        if silent_s < allowed_s:
+            if not self._raised:
+                self._raised = True
+                logger.warning(
+                    "No token for %.0f s (engine_hang_s): waiting for up to %.0f s, since a step "
+                    "of %d tokens takes long at the %.1f tokens/s seen so far.",
+                    silent_s,
+                    allowed_s,
+                    step_tokens,
+                    self._tokens / self._computing_s,
+                )
+            return
         self._dump_stacks()
         num_in_flight = len(self._in_flight)
         self.close()
@@ -322,6 +348,22 @@ class EngineHost(Engine):
         if self._process is not None:
             self._process.dump_stacks()
             self._process.wait(_DUMP_GRACE_S)
+
+
+def silence_allowed_s(hang_s: float, step_tokens: int, tokens: int, computing_s: float) -> float:
+    """Seconds without a token after which an engine hangs: at least `hang_s`.
+
+    More where `_STEPS_ALLOWED` steps of `step_tokens` take longer, at the pace of `tokens` that
+    came in `computing_s`; never more than `_MOST_HANG_LIMITS` times `hang_s`.
+    """
+    if tokens <= 0 or computing_s <= 0:
+        return hang_s
+    expected_s = _STEPS_ALLOWED * step_tokens * computing_s / tokens
+    return min(max(hang_s, expected_s), _MOST_HANG_LIMITS * hang_s)
+
+
+def _num_tokens(stats: EngineStats) -> int:
+    return stats.prompt_tokens_total + stats.generation_tokens_total
 
 
 def _has_progressed(before: EngineStats, now: EngineStats) -> bool:

@@ -31,6 +31,9 @@ def test_long_answers_are_no_standstill() -> None:
     assert pace_text(1234.5, 99) == "1,234 tokens/s."
     assert pace_text(0, 99) == "none finished, 99 tokens/s being written."
     assert pace_text(0, 0) == "0 tokens/s."
+    assert pace_text(0, 0, 8192) == "reading prompts (8,192 prompt tokens so far)."
+    assert pace_text(1234.5, 0, 8192) == "1,234 tokens/s."
+    assert pace_text(0, 99, 8192) == "none finished, 99 tokens/s being written."
 
 
 @given(st.text())
