@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
-import signal
+import re
 import struct
 import subprocess
 import sys
@@ -158,15 +158,21 @@ def test_a_run_that_is_killed_goes_on_with_the_same_answers(
     ours: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "answers.jsonl"
-    command = [sys.executable, "-m", "batch_app.cli", "run", *FLAGS, "--engine-arg"]
-    command += ["max_num_seqs=8", "-i", str(folder / "questions.jsonl"), "-o", str(output)]
+    command = [sys.executable, "-m", "batch_app.cli", "run", *FLAGS, "--max-num-seqs", "8"]
+    command += ["-i", str(folder / "questions.jsonl"), "-o", str(output)]
     said = tmp_path / "said"
+
+    def some_answers() -> bool:
+        assert process.poll() is None, said.read_text()
+        return re.search(r"[1-9]\d* of 150 done", said.read_text()) is not None
+
     with said.open("wb") as file:
-        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=file, stderr=file)
+        environment = ENVIRONMENT | {"VLLM_BATCH_PROGRESS_LOG_S": "1"}
+        process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
         try:
-            wait_for(lambda: "/150" in said.read_text(), timeout_s=PATIENCE_S, what="some answers")
+            wait_for(some_answers, timeout_s=2 * PATIENCE_S, what=said.read_text)
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait(timeout=PATIENCE_S)
     assert not output.exists()
 
